@@ -1,0 +1,81 @@
+"""Writing files so that a final name never holds half a file, and hashing them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import ExportError
+
+PARTIAL_PREFIX = ".partial-"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | None = None) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it, then rename it to `path`.
+
+    The temporary name ends like `path` because several libraries choose the format by the suffix.
+
+    Raises
+    ------
+    ExportError : the disk is full or the folder not writable; nothing is left behind.
+    """
+    temporary = path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        if mode is not None:
+            temporary.chmod(mode)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise ExportError(
+            f"{path.name}: cannot be written ({error.strerror or error}); nothing was left under this name. "
+            "Free space or choose another --out, then run the same command again.",
+            code="DISK_FULL" if error.errno in (28, 122) else "NOT_WRITABLE",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Write `text` (UTF-8) atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None, mode=mode)
+
+
+def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", mode=mode)
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one byte string that stands for `value`, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256 of the canonical JSON of `value`, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut (POSIX; other systems do not allow it)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
