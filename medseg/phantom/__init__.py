@@ -1,0 +1,1 @@
+"""Synthetic patients: studies with known truth for the demo and the tests."""
