@@ -1,6 +1,6 @@
 """Strict YAML: a file becomes a frozen model, or one error that lists every problem with its line.
 
-    data_specs/x.yaml:17: labels.liver.vlaue: unknown key, did you mean 'value'?
+data_specs/x.yaml:17: labels.liver.vlaue: unknown key, did you mean 'value'?
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""READERS: one row per kind of image on disk; ``read_image`` picks the row by looking at the path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medseg.errors import ReadError
+from medseg.readers.nifti import is_nifti, read_nifti
+from medseg.registry import Registry
+from medseg.volume import Volume
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one kind of image is recognised and read.
+
+    Attributes
+    ----------
+    can_read : path -> whether this reader is responsible for it (by name and kind, without opening it).
+    read : path -> Volume; raises ReadError or GeometryError with a reason code.
+    identifying : whether names on disk may identify a patient, so that case ids must be hashed.
+    """
+
+    can_read: Callable[[Path], bool]
+    read: Callable[[Path], Volume]
+    identifying: bool = False
+
+
+def _read_dicom(path: Path) -> Volume:
+    from medseg.readers.dicom_series import read_series
+
+    return read_series(path)
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in (".dcm", ".ima", "")
+
+
+READERS: Registry[Reader] = Registry(
+    "readers",
+    {
+        "nifti": Reader(is_nifti, read_nifti),
+        "dicom": Reader(_is_dicom, _read_dicom, identifying=True),
+    },
+)
+
+
+def reader_for(path: Path) -> Reader:
+    """Return the row responsible for `path`; raise ReadError(UNKNOWN_FORMAT) naming the kinds that exist."""
+    for _, reader in READERS.items():
+        if reader.can_read(path):
+            return reader
+    raise ReadError(
+        f"{path.name}: none of the readers ({', '.join(READERS)}) takes this kind of file; "
+        "give a .nii or .nii.gz file, or a folder that holds one DICOM series",
+        code="UNKNOWN_FORMAT",
+    )
+
+
+def read_image(path: Path) -> Volume:
+    """Read one image file or series folder as a Volume (C, I, J, K), whatever its format.
+
+    Raises
+    ------
+    ReadError, GeometryError : with the reason code of the reader, or NOT_FOUND / UNKNOWN_FORMAT.
+    """
+    if not path.exists():
+        raise ReadError(f"{path.name}: this file or folder does not exist", code="NOT_FOUND")
+    return reader_for(path).read(path)

@@ -1,0 +1,233 @@
+"""NIfTI-1 and NIfTI-2 single files (.nii, .nii.gz) -> Volume, or a refusal with a reason code.
+
+Policies (a file that meets none of them is refused, never guessed at):
+
+- size: the bytes that the header promises are compared with a budget and with the file before anything is
+  allocated; compressed files are read to their end, so that the CRC of gzip (RFC 1952) is checked;
+- affine: the sform if its code is not 0, else the qform; where both are set they must agree in axis directions
+  and in spacing (1 %), otherwise FORMS_DISAGREE; neither set is NO_ORIENTATION;
+- axes: 3-D is one channel; 4-D is (I, J, K, channel); 5-D only as (I, J, K, 1, channel);
+- values: NaN or infinity anywhere is NON_FINITE; complex and RGB voxels are refused;
+- unit: mm; metres and micrometres are converted, an unknown unit is taken as mm (what every program writes).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel
+import numpy as np
+from nibabel.nifti1 import Nifti1Header
+from nibabel.nifti2 import Nifti2Header
+from numpy.typing import NDArray
+
+from medseg.errors import GeometryError, ReadError
+from medseg.volume import Affine, Volume
+
+MAX_BYTES = 16 * 2**30
+"""Largest voxel array that is read (16 GiB): beyond it a header is more likely damaged than true."""
+_MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+_CHUNK = 1 << 24
+
+
+def is_nifti(path: Path) -> bool:
+    """Tell by its name whether `path` is a NIfTI file."""
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def stem(path: Path) -> str:
+    """Return the file name without .nii or .nii.gz: the case id of a NIfTI file."""
+    name = path.name
+    for suffix in (".nii.gz", ".nii"):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return path.stem
+
+
+def read_nifti(path: Path, *, max_bytes: int = MAX_BYTES) -> Volume:
+    """Read a NIfTI file completely and strictly.
+
+    Returns
+    -------
+    Volume : (C, I, J, K); float32 where a scale factor applies or the file holds floats, else the stored integers.
+
+    Raises
+    ------
+    ReadError : UNREADABLE, TRUNCATED, CORRUPT, OVERSIZED, SIZE_MISMATCH, NOT_3D, NON_FINITE, UNSUPPORTED_TYPE.
+    GeometryError : NO_ORIENTATION, FORMS_DISAGREE, BAD_AFFINE.
+    """
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stream: Any = gzip.GzipFile(fileobj=file) if packed else file
+            header = _read_header(path, stream)
+            raw = _read_voxels(path, stream, header, max_bytes)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        truncated = isinstance(error, EOFError)
+        what = "ends too early" if truncated else f"is damaged ({error})"
+        raise ReadError(
+            f"{path.name}: the compressed file {what}; copy it again from its source",
+            code="TRUNCATED" if truncated else "CORRUPT",
+        ) from error
+    except OSError as error:
+        raise ReadError(f"{path.name}: cannot be read ({error.strerror or error})") from error
+    affine = _affine(path, header)
+    return Volume(_scaled(path, header, raw), affine, meta={"Format": "NIfTI"})
+
+
+def _read_header(path: Path, stream: BinaryIO) -> Nifti1Header:
+    """Read the header and position the stream at its end."""
+    start = stream.read(348)
+    if len(start) < 348:
+        raise ReadError(f"{path.name}: {len(start)} bytes are too few for a NIfTI header (348)", code="TRUNCATED")
+    wide = int.from_bytes(start[:4], "little") == 540 or int.from_bytes(start[:4], "big") == 540
+    kind = Nifti2Header if wide else Nifti1Header
+    block = start + (stream.read(192) if wide else b"")
+    try:
+        header = kind.from_fileobj(io.BytesIO(block + b"\0" * 4), check=True)
+        shape = header.get_data_shape()
+        header.get_data_dtype()
+    except Exception as error:
+        raise ReadError(f"{path.name}: not a NIfTI header ({error})") from error
+    if block[-4:-1] in (b"ni1", b"ni2") or header["magic"].item()[:2] == b"ni":
+        raise ReadError(
+            f"{path.name}: the header belongs to an .hdr/.img pair; save it as one .nii.gz file",
+            code="UNSUPPORTED_TYPE",
+        )
+    if not shape or min(shape) < 1:
+        raise ReadError(f"{path.name}: the header declares the impossible size {shape}", code="CORRUPT")
+    return header
+
+
+def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: int) -> bytes:
+    """Return exactly the voxel bytes that the header promises, having read the stream to its end."""
+    dtype = header.get_data_dtype()
+    promised = int(np.prod([int(n) for n in header.get_data_shape()], dtype=object)) * dtype.itemsize
+    if promised > max_bytes:
+        raise ReadError(
+            f"{path.name}: the header declares {header.get_data_shape()} voxels, {promised / 2**30:.1f} GiB, "
+            f"more than the {max_bytes / 2**30:.1f} GiB that are read; the header is damaged or the file a trap",
+            code="OVERSIZED",
+        )
+    skip = int(header["vox_offset"]) - header.template_dtype.itemsize
+    if skip < 0 or len(stream.read(skip)) < skip:
+        raise ReadError(f"{path.name}: the file ends before its voxels begin", code="TRUNCATED")
+    if isinstance(stream, gzip.GzipFile):
+        found, raw = _inflate(stream, promised)
+    else:
+        raw = stream.read(promised)
+        found = len(raw) + len(stream.read(1))
+    if found < promised:
+        raise ReadError(
+            f"{path.name}: {found} bytes of voxels, the header promises {promised}; copy the file again",
+            code="TRUNCATED",
+        )
+    if found > promised:
+        raise ReadError(
+            f"{path.name}: the file goes on after the {promised} bytes of voxels that its header promises; "
+            "one of the two is damaged",
+            code="SIZE_MISMATCH",
+        )
+    return raw
+
+
+def _inflate(stream: gzip.GzipFile, promised: int) -> tuple[int, bytes]:
+    """Read at most one byte more than `promised`, in pieces: a lying header cannot make us allocate.
+
+    Reading past the last byte makes gzip compare its CRC and length.
+    """
+    pieces, found = [], 0
+    while found <= promised and (piece := stream.read(min(_CHUNK, promised + 1 - found))):
+        pieces.append(piece)
+        found += len(piece)
+    return found, b"".join(pieces)
+
+
+def _scaled(path: Path, header: Nifti1Header, raw: bytes) -> NDArray[Any]:
+    """Return (C, I, J, K) with the header's slope and intercept applied."""
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise ReadError(
+            f"{path.name}: voxels of type {dtype} (complex or colour) are not read; one number per voxel is needed",
+            code="UNSUPPORTED_TYPE",
+        )
+    stored = np.frombuffer(raw, dtype).reshape(header.get_data_shape(), order="F")
+    slope, inter = header.get_slope_inter()
+    array = _channels_first(path, stored)
+    scaled = slope is not None and (slope, inter or 0.0) != (1.0, 0.0)
+    if scaled:
+        array = array.astype(np.float64) * slope + (inter or 0.0)
+    if array.dtype.kind == "f":
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if bad:
+            raise ReadError(
+                f"{path.name}: {bad} of {array.size} voxels are NaN or infinite; replace them where the image is made",
+                code="NON_FINITE",
+            )
+        array = array.astype(np.float32)
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
+
+
+def _channels_first(path: Path, stored: NDArray[Any]) -> NDArray[Any]:
+    """Return (C, I, J, K) for the layouts that have one meaning, and refuse the others."""
+    if stored.ndim == 3:
+        return stored[None]
+    if stored.ndim == 2:
+        return stored[None, :, :, None]
+    if stored.ndim == 4:
+        return np.moveaxis(stored, 3, 0)
+    if stored.ndim == 5 and stored.shape[3] == 1:
+        return np.moveaxis(stored[:, :, :, 0], 3, 0)
+    raise ReadError(
+        f"{path.name}: an image of size {stored.shape} has no single meaning here; give 3-D, or 4-D "
+        "with the channels last",
+        code="NOT_3D",
+    )
+
+
+def _affine(path: Path, header: Nifti1Header) -> Affine:
+    """Return index -> mm (RAS+) by the policy of the module."""
+    use_s, use_q = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
+    if not (use_s or use_q):
+        raise GeometryError(
+            f"{path.name}: neither qform nor sform is set, so left and right cannot be told apart; "
+            "set one (for example with nibabel's set_qform) where the image is made",
+            code="NO_ORIENTATION",
+        )
+    scale = np.diag([_MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0])
+    try:
+        sform = scale @ np.asarray(header.get_sform(), np.float64) if use_s else None
+        qform = scale @ np.asarray(header.get_qform(), np.float64) if use_q else None
+    except (ValueError, nibabel.spatialimages.HeaderDataError) as error:
+        raise GeometryError(f"{path.name}: the qform is not a rotation ({error})", code="BAD_AFFINE") from error
+    chosen = sform if sform is not None else qform
+    if not np.isfinite(chosen).all() or abs(np.linalg.det(chosen[:3, :3])) < 1e-12:  # type: ignore[index]
+        raise GeometryError(
+            f"{path.name}: its affine {np.round(chosen, 4).tolist()} is not finite or "  # type: ignore[arg-type]
+            "not invertible",
+            code="BAD_AFFINE",
+        )
+    if sform is not None and qform is not None and not _agree(sform, qform):
+        raise GeometryError(
+            f"{path.name}: sform and qform disagree (spacing {_spacing(sform)} and {_spacing(qform)} mm, axes "
+            f"{_axes(sform)} and {_axes(qform)}); correct the one that is wrong where the image is made",
+            code="FORMS_DISAGREE",
+        )
+    return np.asarray(chosen, np.float64)
+
+
+def _agree(sform: Affine, qform: Affine) -> bool:
+    return bool(np.allclose(_spacing(sform), _spacing(qform), rtol=0.01)) and _axes(sform) == _axes(qform)
+
+
+def _spacing(affine: Affine) -> list[float]:
+    return [round(float(x), 4) for x in np.linalg.norm(affine[:3, :3], axis=0)]
+
+
+def _axes(affine: Affine) -> str:
+    return "".join(str(code) for code in nibabel.aff2axcodes(affine))

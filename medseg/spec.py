@@ -1,0 +1,312 @@
+"""Dataset specs: what data_specs/*.yaml say, and the cases that they mean on disk.
+
+A dataset is a spec file, a folder that holds ``dataset.yaml`` (a spec), a Medical Segmentation Decathlon folder or
+an nnU-Net v2 raw folder; the last two are read in medseg.foreign_specs into the same objects.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from medseg import config
+from medseg.config import Config
+from medseg.errors import SpecError
+from medseg.files import digest
+from medseg.privacy import keyed_id
+from medseg.readers import reader_for
+from medseg.registry import did_you_mean
+
+BACKGROUND = "background"
+Normalisation = Literal["auto", "zscore", "ct", "none"]
+Split = Literal["train", "test"]
+
+
+class Channel(Config):
+    """One image that a case has: a sequence, a modality, a stain.
+
+    Attributes
+    ----------
+    modality : what made it ("MR", "CT", ...); "CT" means Hounsfield units.
+    normalisation : "auto" chooses "ct" for CT and "zscore" for everything else.
+    file : what stands for {channel} in the pattern `images` (the channel's name unless told).
+    """
+
+    modality: str = ""
+    normalisation: Normalisation = "auto"
+    file: str | None = None
+
+
+class Code(Config):
+    """A coded concept, SNOMED CT unless told (DICOM PS3.3 section 8)."""
+
+    value: str
+    meaning: str
+    scheme: str = "SCT"
+
+
+class Label(Config):
+    """One structure: its value in the masks, its colour (#rrggbb) and its code."""
+
+    value: int = Field(ge=0)
+    color: str | None = Field(default=None, pattern=r"^#[0-9a-fA-F]{6}$")
+    snomed: Code | None = None
+
+
+class Region(Config):
+    """Labels that are learnt as one overlapping target; `paint` is the label written where the region is found."""
+
+    labels: tuple[str, ...] = Field(min_length=1)
+    paint: str
+
+
+class Splits(Config):
+    """Case ids set apart; a case that stands in neither list is for training."""
+
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+
+
+class Spec(Config):
+    """A dataset in words; see docs/reference/dataset-spec.md for an example of every key.
+
+    Attributes
+    ----------
+    root : folder of the files, relative to the spec file; ``~`` and ``${VARIABLE}`` are expanded.
+    images : path pattern below root with {case}, and {channel} where each channel has its own file; a DICOM series
+        is a folder. Without {channel} a file must hold all channels (4-D NIfTI).
+    masks : path pattern of the label maps with {case}.
+    channels : name -> Channel, in the order in which the network sees them.
+    labels : name -> Label (or just its value); background is 0 and need not be listed.
+    regions : name -> Region, painted in this order; empty means that labels are exclusive classes.
+    ignore : mask value whose voxels are unannotated and teach nothing.
+    patient : regular expression on the case id; its first group (or the whole match) names the patient.
+    case_ids : "name" shows names from the disk, "hash" hashes them; unless told, DICOM is hashed and NIfTI is not.
+    spacing : overrides the planner's spacing, (I, J, K) in `unit`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    licence: str = ""
+    root: str = "."
+    images: str = ""
+    masks: str = ""
+    channels: dict[str, Channel] = Field(min_length=1)
+    labels: dict[str, Label]
+    regions: dict[str, Region] = Field(default_factory=dict)
+    ignore: int | None = Field(default=None, ge=1)
+    patient: str | None = None
+    case_ids: Literal["name", "hash"] | None = None
+    splits: Splits = Splits()
+    spacing: tuple[float, float, float] | None = None
+    unit: Literal["mm", "pixel"] = "mm"
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _short_labels(cls, value: Any) -> Any:
+        """Allow ``liver: 1`` for ``liver: {value: 1}``."""
+        if not isinstance(value, dict):
+            return value
+        return {name: {"value": row} if isinstance(row, int) else row for name, row in value.items()}
+
+    @field_validator("patient")
+    @classmethod
+    def _valid_expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{value!r} is not a regular expression ({error})") from error
+        return value
+
+    @field_validator("spacing")
+    @classmethod
+    def _positive_spacing(cls, value: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError(f"spacing must be three positive numbers, found {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [*self._label_problems(), *self._pattern_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _label_problems(self) -> list[str]:
+        problems = []
+        values = [label.value for label in self.labels.values()]
+        if repeated := sorted({v for v in values if values.count(v) > 1}):
+            problems.append(f"labels: value {repeated[0]} is given to two labels")
+        if any(label.value == 0 and name != BACKGROUND for name, label in self.labels.items()):
+            problems.append(f"labels: value 0 is the background's; call it {BACKGROUND!r} or choose another value")
+        if not self.foreground:
+            problems.append("labels: at least one label beside the background is needed")
+        if self.ignore in values:
+            problems.append(f"ignore: value {self.ignore} is also a label's")
+        for name, region in self.regions.items():
+            for word in (*region.labels, region.paint):
+                if word not in self.foreground:
+                    hint = did_you_mean(word, list(self.foreground))
+                    problems.append(f"regions.{name}: {word!r} is not a label{hint}")
+        return problems
+
+    def _pattern_problems(self) -> list[str]:
+        problems = [
+            f"{key}: the pattern {pattern!r} must hold {{case}} once"
+            for key, pattern in (("images", self.images), ("masks", self.masks))
+            if pattern and pattern.count("{case}") != 1
+        ]
+        both = set(self.splits.train) & set(self.splits.test)
+        problems += [f"splits: case {case!r} stands in train and in test" for case in sorted(both)]
+        return problems
+
+    @property
+    def foreground(self) -> dict[str, int]:
+        """Label name -> value, background left out, in the order of the spec."""
+        return {name: label.value for name, label in self.labels.items() if label.value != 0}
+
+    @property
+    def values(self) -> frozenset[int]:
+        """Every value that may stand in a mask."""
+        extra = set() if self.ignore is None else {self.ignore}
+        return frozenset({0, *self.foreground.values(), *extra})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One study of a dataset.
+
+    Attributes
+    ----------
+    id : its public name, used in every file name, log and table.
+    images : one path per channel, or one path for all channels.
+    mask : path of its label map; None where there is none.
+    patient : public name of its patient; cases of one patient are never separated.
+    split : "train" or "test".
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    mask: Path | None
+    patient: str
+    split: Split = "train"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A spec and its cases, ordered by path."""
+
+    spec: Spec
+    cases: tuple[Case, ...]
+
+    def select(self, split: Split) -> tuple[Case, ...]:
+        """Return the cases of one split."""
+        return tuple(case for case in self.cases if case.split == split)
+
+
+def load_dataset(path: Path, *, splits: Path | None = None) -> Dataset:
+    """Understand `path` as a dataset.
+
+    Parameters
+    ----------
+    path : spec file (.yaml), or a folder: with dataset.yaml, an MSD task or an nnU-Net v2 raw dataset.
+    splits : YAML or JSON file with lists `train` and `test` of case ids that replaces the spec's own.
+
+    Raises
+    ------
+    SpecError : not a dataset, no cases, wrong spec (every problem with its line), unknown case in a split.
+    """
+    from medseg.foreign_specs import load_msd_or_nnunet
+
+    file = path / "dataset.yaml" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        dataset = load_msd_or_nnunet(path)
+    elif not path.exists():
+        raise SpecError(f"{path}: this dataset does not exist; give a spec from data_specs/ or a dataset folder")
+    else:
+        dataset = _load_spec(file)
+    if not dataset.cases:
+        raise SpecError(
+            f"{path}: no case was found; check `root` and the pattern `images` "
+            f"({dataset.spec.images or 'from dataset.json'}) against the files on disk"
+        )
+    chosen = dataset.spec.splits if splits is None else config.load(Splits, splits, error=SpecError)
+    return _split(dataset, chosen, name=str(splits or path))
+
+
+def _load_spec(file: Path) -> Dataset:
+    spec = config.load(Spec, file, error=SpecError)
+    for key in ("images", "masks"):
+        if not getattr(spec, key):
+            raise SpecError(f"{file}:1: {key}: this key is missing")
+    root = (file.parent / _expand(spec.root, file)).resolve()
+    if not root.is_dir():
+        raise SpecError(f"{file}: root: the folder {spec.root} does not exist")
+    return Dataset(spec, find_cases(spec, root))
+
+
+def _expand(root: str, file: Path) -> Path:
+    text = os.path.expandvars(os.path.expanduser(root))
+    if unset := re.search(r"\$\{?(\w+)", text):
+        raise SpecError(
+            f"{file}: root: the environment variable {unset[1]} is not set; set it to the folder that "
+            "holds the data, or write the path into the spec"
+        )
+    return Path(text)
+
+
+def find_cases(spec: Spec, root: Path) -> tuple[Case, ...]:
+    """Return the cases whose first channel exists below `root`, ordered by path; other files may still be missing."""
+    tokens = [channel.file or name for name, channel in spec.channels.items()]
+    per_channel = "{channel}" in spec.images
+    patterns = [spec.images.replace("{channel}", token) for token in tokens] if per_channel else [spec.images]
+    expression = re.compile("(.+?)".join(re.escape(part) for part in patterns[0].split("{case}")))
+    cases = []
+    for found in sorted(root.glob(patterns[0].replace("{case}", "*"))):
+        match = expression.fullmatch(found.relative_to(root).as_posix())
+        if match is None:
+            continue
+        name = match[1]
+        images = tuple(root / pattern.replace("{case}", name) for pattern in patterns)
+        mask = root / spec.masks.replace("{case}", name)
+        cases.append(make_case(spec, name, images, mask if mask.exists() else None))
+    return tuple(cases)
+
+
+def make_case(spec: Spec, name: str, images: tuple[Path, ...], mask: Path | None) -> Case:
+    """Return a Case named by the rule of the spec (names that may identify are hashed)."""
+    patient = name
+    if spec.patient is not None:
+        match = re.search(spec.patient, name)
+        if match is None:
+            raise SpecError(f"patient: the expression {spec.patient!r} finds nothing in the case id {name!r}")
+        patient = match[1] if match.groups() else match[0]
+    hashed = spec.case_ids == "hash" or (spec.case_ids is None and reader_for(images[0]).identifying)
+    if hashed:
+        name, patient = keyed_id("case", spec.name, name), keyed_id("pat", spec.name, patient)
+    return Case(id=name, images=images, mask=mask, patient=patient)
+
+
+def _split(dataset: Dataset, splits: Splits, *, name: str) -> Dataset:
+    """Mark the cases of the test list; with a train list only the listed cases are kept."""
+    known = {case.id for case in dataset.cases}
+    for word in (*splits.train, *splits.test):
+        if word not in known:
+            raise SpecError(f"{name}: splits: there is no case {word!r}{did_you_mean(word, sorted(known))}")
+    if both := set(splits.train) & set(splits.test):
+        raise SpecError(f"{name}: splits: case {min(both)!r} stands in train and in test")
+    kept = [c for c in dataset.cases if not splits.train or c.id in splits.train or c.id in splits.test]
+    test = set(splits.test)
+    marked = [Case(c.id, c.images, c.mask, c.patient, "test" if c.id in test else c.split) for c in kept]
+    return Dataset(dataset.spec, tuple(marked))
+
+
+def spec_digest(spec: Spec) -> str:
+    """Return the SHA-256 of what a spec says (its root left out: the same data elsewhere are the same data)."""
+    return digest(spec.model_dump(mode="json", exclude={"root"}))

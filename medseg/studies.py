@@ -1,0 +1,119 @@
+"""From a Case to checked voxels: the one place where images and masks of a dataset are opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
+from medseg.readers import read_image
+from medseg.spec import Case, Spec
+from medseg.volume import Volume, align_to
+
+
+@dataclass(frozen=True)
+class Study:
+    """A case in memory.
+
+    Attributes
+    ----------
+    case : whose it is.
+    image : (channels, I, J, K), all channels on one grid.
+    mask : (1, I, J, K) uint8 or int32 label values on the image's grid; None for a case without a mask.
+    """
+
+    case: Case
+    image: Volume
+    mask: Volume | None
+
+
+def read_study(spec: Spec, case: Case) -> Study:
+    """Read and check one case.
+
+    Raises
+    ------
+    MedsegError : any reading error, CHANNEL_MISSING, CHANNEL_COUNT, CHANNEL_GRID, LABEL_GRID, LABEL_VALUES,
+        LABEL_NOT_INTEGER; the message starts with the case id.
+    """
+    try:
+        image = read_channels(spec, case.images)
+        mask = None if case.mask is None else _read_mask(spec, case.mask, image)
+    except MedsegError as error:
+        raise _named(error, f"case {case.id}: {error}") from error
+    return Study(case, image, mask)
+
+
+def _named(error: MedsegError, message: str) -> MedsegError:
+    return type(error)(message, code=error.code)
+
+
+def read_channels(spec: Spec, paths: tuple[Path, ...]) -> Volume:
+    """Read the images of one case as a volume with the channels of the spec; raises as `read_study` does."""
+    names = list(spec.channels)
+    for name, path in zip(names, paths, strict=False):
+        if not path.exists():
+            raise ReadError(f"the file of channel {name!r} ({path.name}) is missing", code="CHANNEL_MISSING")
+    volumes = [read_image(path) for path in paths]
+    if len(volumes) > 1:
+        first = volumes[0]
+        turned = [first]
+        for name, volume in zip(names[1:], volumes[1:], strict=True):
+            fitted = align_to(volume, first)
+            if fitted is None:
+                raise GeometryError(
+                    f"channel {name!r} has a grid of {_grid(volume)}, channel {names[0]!r} one of {_grid(first)}; "
+                    "bring all channels of a case to one grid",
+                    code="CHANNEL_GRID",
+                )
+            turned.append(fitted)
+        notes = tuple(dict.fromkeys(note for volume in turned for note in volume.notes))
+        array = np.concatenate([volume.array.astype(np.float32) for volume in turned])
+        image = replace(first, array=array, notes=notes)
+    else:
+        image = volumes[0]
+    if image.array.shape[0] != len(names):
+        raise ReadError(
+            f"{image.array.shape[0]} channel(s) found, the spec names {len(names)}: {', '.join(names)}",
+            code="CHANNEL_COUNT",
+        )
+    return image
+
+
+def _grid(volume: Volume) -> str:
+    size = "×".join(str(n) for n in volume.shape)
+    spacing = "×".join(f"{s:.4g}" for s in volume.spacing)
+    return f"{size} voxels of {spacing} {volume.unit}, axes {volume.axis_codes}"
+
+
+def _read_mask(spec: Spec, path: Path, image: Volume) -> Volume:
+    if not path.exists():
+        raise ReadError(f"its mask ({path.name}) is missing", code="LABEL_MISSING")
+    mask = align_to(_first_channel(read_image(path)), image)
+    if mask is None:
+        other = _grid(read_image(path))
+        raise GeometryError(f"the mask has a grid of {other}, the image one of {_grid(image)}", code="LABEL_GRID")
+    array = mask.array
+    if array.dtype.kind == "f":
+        rounded = np.rint(array)
+        if not np.array_equal(rounded, array):
+            example = float(array[rounded != array][0])
+            raise SpecError(f"the mask holds {example:g}, label values are whole numbers", code="LABEL_NOT_INTEGER")
+        array = rounded.astype(np.int32)
+    found = np.unique(array)
+    foreign = [int(v) for v in found if int(v) not in spec.values]
+    if foreign:
+        allowed = ", ".join(str(v) for v in sorted(spec.values))
+        raise SpecError(
+            f"the mask holds the value(s) {', '.join(map(str, foreign[:5]))}; the spec allows {allowed}",
+            code="LABEL_VALUES",
+        )
+    small = np.uint8 if max(spec.values) < 256 else np.int32
+    return mask.with_array(array.astype(small))
+
+
+def _first_channel(volume: Volume) -> Volume:
+    if volume.array.shape[0] != 1:
+        raise ReadError(f"the mask has {volume.array.shape[0]} channels, one is needed", code="NOT_3D")
+    return volume
