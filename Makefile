@@ -2,7 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 PYTEST := $(BIN)/python -m pytest
 INPUTS := pyproject.toml constraints.txt
 
@@ -41,7 +41,7 @@ docs: $(BIN)/.docs ## the documentation, into docs/_build/html
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-bench: $(BIN)/.run ## list the benchmarks; `make bench NAME=x ARGS="..."` runs benchmarks/x.py
+bench: $(if $(NAME),$(BIN)/.run) ## list the benchmarks; `make bench NAME=x ARGS="..."` runs benchmarks/x.py
 ifdef NAME
 	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 else
