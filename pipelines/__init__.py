@@ -1,0 +1,1 @@
+"""Runnable compositions of medseg: batch inference, validation report, retraining."""
