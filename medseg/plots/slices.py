@@ -1,177 +1,17 @@
-"""Every picture that medseg draws: the one door to matplotlib.
-
-Pictures come back as bytes (PNG) or text (SVG), the same bytes for the same input and library versions: no dates, no
-random ids, no global figure state. Planes are shown as a radiologist reads them: the patient's right on the left.
-"""
+"""Slices of images with labels over them."""
 
 from __future__ import annotations
 
-import functools
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from medseg.files import write_atomically
-
-Array = NDArray[Any]
-Colours = Mapping[int, str]
-"""Label value -> #rrggbb."""
-
-PALETTE = ("#e6550d", "#1f78b4", "#2ca25f", "#c51b8a", "#e6ab02", "#5e4fa2", "#17becf", "#a6761d", "#8c564b", "#66a61e")
-INK = "#22303c"
-FAINT = "#9aa5b1"
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "medseg",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e4e8ec",
-    "grid.linewidth": 0.7,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "text.color": INK,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-}
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Draw with our style, untouched by the user's matplotlibrc."""
-
-    @functools.wraps(draw)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_STYLE)
-            return draw(*args, **kwargs)
-
-    return wrapper
-
-
-def colours_for(values: Iterable[int], given: Mapping[int, str | None] | None = None) -> dict[int, str]:
-    """Return a colour for every label value except 0: the one given, else the next of the palette."""
-    chosen = {} if given is None else given
-    foreground = [value for value in values if value != 0]
-    return {v: chosen.get(v) or PALETTE[n % len(PALETTE)] for n, v in enumerate(foreground)}
-
-
-def _png(figure: Figure, *, dpi: int = 110) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
-# --- training curves ---------------------------------------------------------------------------------------------
-
-
-@_styled
-def curves_png(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw loss and learning rate, and the validation Dice of each label, against the step; write a PNG.
-
-    Parameters
-    ----------
-    rows : in any order: training rows with keys step, loss, lr (and seconds), validation rows with keys step and
-        dice ({label: value}). A row may be both. Values that are not finite leave a gap.
-    path : the PNG, written atomically.
-    """
-    training = [row for row in rows if row.get("loss") is not None]
-    validation = [row for row in rows if row.get("dice")]
-    figure = Figure(figsize=(8, 6 if validation else 3.4), layout="constrained")
-    axes = figure.subplots(2 if validation else 1, 1, sharex=True, squeeze=False)[:, 0]
-    _loss_panel(axes[0], training)
-    if validation:
-        _dice_panel(axes[1], validation)
-    axes[-1].set_xlabel("step")
-    seconds = max((float(row["seconds"]) for row in rows if row.get("seconds") is not None), default=None)
-    if seconds is not None:
-        figure.suptitle(f"{seconds / 60:.1f} minutes", x=0.99, ha="right", fontsize=9, color=INK)
-    _write(path, _png(figure))
-
-
-def _write(path: Path, content: bytes) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_atomically(path, write)
-
-
-def _loss_panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    step = [row["step"] for row in rows]
-    loss = np.array([row["loss"] for row in rows], dtype=float)
-    axes.plot(step, loss, color=FAINT, linewidth=0.8, marker="." if len(rows) < 3 else None)
-    smooth = _running_mean(loss, max(1, len(loss) // 25))
-    axes.plot(step, smooth, color=PALETTE[1], linewidth=1.8, label="loss")
-    axes.set_ylabel("loss")
-    if any(row.get("lr") is not None for row in rows):
-        rate = axes.twinx()
-        rate.grid(visible=False)
-        rate.plot(
-            step,
-            [np.nan if row.get("lr") is None else row["lr"] for row in rows],
-            color=PALETTE[0],
-            linewidth=1,
-            linestyle="--",
-        )
-        rate.set_ylabel("learning rate", color=PALETTE[0])
-        rate.spines["right"].set_visible(True)
-
-
-def _running_mean(values: Array, width: int) -> Array:
-    """Return the mean of the last `width` values at each place, of those that are finite."""
-    finite = np.isfinite(values)
-    total = np.cumsum(np.concatenate([[0.0], np.where(finite, values, 0)]))
-    count = np.cumsum(np.concatenate([[0], finite]))
-    end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - width, 0)
-    found = count[end] - count[start]
-    return np.asarray(np.where(found > 0, (total[end] - total[start]) / np.maximum(found, 1), np.nan))
-
-
-def _dice_panel(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    labels = list(dict.fromkeys(label for row in rows for label in row["dice"]))
-    for number, label in enumerate(labels):
-        points = [(row["step"], row["dice"][label]) for row in rows if row["dice"].get(label) is not None]
-        axes.plot(
-            [step for step, _ in points],
-            [value for _, value in points],
-            color=PALETTE[number % len(PALETTE)],
-            marker="o",
-            markersize=3,
-            linewidth=1.4,
-            label=label,
-        )
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("validation Dice")
-    axes.legend(loc="lower right", ncols=2 if len(labels) > 4 else 1)
-
-
-# --- slices ------------------------------------------------------------------------------------------------------
+from medseg.plots.style import Array, Colours, png, styled
 
 
 def slice_rgb(image2d: Array, mask2d: Array | None, colours: Colours, *, opacity: float = 0.4) -> NDArray[np.uint8]:
@@ -190,7 +30,7 @@ def slice_rgb(image2d: Array, mask2d: Array | None, colours: Colours, *, opacity
     return np.rint(grey * 255).astype(np.uint8)
 
 
-@_styled
+@styled
 def overlay_png(
     image2d: Array,
     mask2d: Array | None,
@@ -214,10 +54,10 @@ def overlay_png(
     figure = Figure(figsize=(max(width * scale, 0.2), max(height * scale, 0.2)))
     axes = figure.add_axes((0, 0, 1, 1))
     _draw_slice(axes, image2d, mask2d, reference2d, colours, spacing)
-    return _png(figure)
+    return png(figure)
 
 
-@_styled
+@styled
 def three_planes_png(
     image: Array,
     mask: Array | None,
@@ -254,7 +94,7 @@ def three_planes_png(
         _letters(axes, plane.letters)
     if title:
         figure.suptitle(title, color="white", fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 @dataclass(frozen=True)
@@ -335,8 +175,13 @@ def _outline(axes: Axes, inside: NDArray[np.bool_], colour: str, width: float) -
 
 def _letters(axes: Axes, letters: str) -> None:
     """Write the letters for left, right, top and bottom at the borders."""
-    places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"))
-    places += ((0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom"))
+    middle, low, high = 0.5, 0.02, 0.98
+    places = (
+        (low, middle, "left", "center"),
+        (high, middle, "right", "center"),
+        (middle, high, "center", "top"),
+        (middle, low, "center", "bottom"),
+    )
     style: dict[str, Any] = {"color": "#ffd54f", "fontsize": 8, "fontweight": "bold"}
     for letter, (x, y, across, along) in zip(letters, places, strict=True):
         axes.text(x, y, letter, transform=axes.transAxes, ha=across, va=along, **style)

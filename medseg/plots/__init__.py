@@ -1,0 +1,13 @@
+"""Every picture that medseg draws: the one door to matplotlib.
+
+Pictures come back as bytes (PNG) or text (SVG), the same bytes for the same input and library versions: no dates, no
+random ids, no global figure state. Planes are shown as a radiologist reads them: the patient's right on the left.
+"""
+
+from __future__ import annotations
+
+from medseg.plots.curves import curves_png
+from medseg.plots.slices import overlay_png, slice_rgb, three_planes_png
+from medseg.plots.style import Colours, colours_for
+
+__all__ = ["Colours", "colours_for", "curves_png", "overlay_png", "slice_rgb", "three_planes_png"]
