@@ -46,7 +46,11 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | N
 
 def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
     """Write `text` (UTF-8) atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None, mode=mode)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write, mode=mode)
 
 
 def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:

@@ -1,0 +1,1 @@
+"""From a dataset to a plan: fingerprint, measured step times, decisions with reasons."""

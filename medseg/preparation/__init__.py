@@ -1,0 +1,1 @@
+"""From a study to a batch of augmented patches: preprocess, cache, sample, augment."""

@@ -23,6 +23,7 @@ import nibabel
 import numpy as np
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, ReadError
@@ -203,12 +204,12 @@ def _affine(path: Path, header: Nifti1Header) -> Affine:
     try:
         sform = scale @ np.asarray(header.get_sform(), np.float64) if use_s else None
         qform = scale @ np.asarray(header.get_qform(), np.float64) if use_q else None
-    except (ValueError, nibabel.spatialimages.HeaderDataError) as error:
+    except (ValueError, HeaderDataError) as error:
         raise GeometryError(f"{path.name}: the qform is not a rotation ({error})", code="BAD_AFFINE") from error
     chosen = sform if sform is not None else qform
-    if not np.isfinite(chosen).all() or abs(np.linalg.det(chosen[:3, :3])) < 1e-12:  # type: ignore[index]
+    if chosen is None or not np.isfinite(chosen).all() or abs(np.linalg.det(chosen[:3, :3])) < 1e-12:
         raise GeometryError(
-            f"{path.name}: its affine {np.round(chosen, 4).tolist()} is not finite or "  # type: ignore[arg-type]
+            f"{path.name}: its affine {_rounded(chosen)} is not finite or "
             "not invertible",
             code="BAD_AFFINE",
         )
@@ -231,3 +232,7 @@ def _spacing(affine: Affine) -> list[float]:
 
 def _axes(affine: Affine) -> str:
     return "".join(str(code) for code in nibabel.aff2axcodes(affine))
+
+
+def _rounded(affine: Affine | None) -> list[list[float]]:
+    return [] if affine is None else np.round(affine, 4).tolist()

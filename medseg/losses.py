@@ -1,0 +1,82 @@
+"""Losses on logits; one row of LOSSES each.
+
+A loss takes ``logits`` (B, K, *S), ``target`` (B, K, *S) float with one channel per class (one-hot) or per region
+(overlapping), ``valid`` (B, 1, *S) bool (False where the mask says "ignore"), and ``exclusive`` (True: softmax over
+classes, channel 0 is background; False: a sigmoid per region). It returns a scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medseg.registry import Registry
+
+Loss = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+
+def dice_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
+    """1 - soft Dice, over the whole batch as one volume, mean over the foreground channels (Drozdzal 2016).
+
+    Empty-safe: a channel without reference and prediction costs nothing.
+    """
+    probability = logits.softmax(1) if exclusive else logits.sigmoid()
+    first = 1 if exclusive else 0
+    mask = valid.to(probability.dtype)
+    probability, target = probability[:, first:] * mask, target[:, first:] * mask
+    axes = [0, *range(2, logits.ndim)]
+    overlap = (probability * target).sum(axes)
+    total = probability.sum(axes) + target.sum(axes)
+    return 1 - ((2 * overlap + 1e-5) / (total + 1e-5)).mean()
+
+
+def cross_entropy_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
+    """Cross-entropy (binary for regions), mean over the voxels that count; 0 where none does."""
+    if exclusive:
+        each = -(target * logits.log_softmax(1)).sum(1, keepdim=True)
+    else:
+        each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1, keepdim=True)
+    count = valid.sum().clamp(min=1)
+    return torch.where(valid, each, each.new_zeros(())).sum() / count
+
+
+def dice_ce_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
+    """Sum of dice_loss and cross_entropy_loss (Isensee et al. 2021)."""
+    return dice_loss(logits, target, valid, exclusive) + cross_entropy_loss(logits, target, valid, exclusive)
+
+
+LOSSES: Registry[Loss] = Registry(
+    "losses", {"dice_ce": dice_ce_loss, "dice": dice_loss, "ce": cross_entropy_loss}
+)
+
+
+def deep_supervision(
+    loss: Loss, levels: list[Tensor], target: Tensor, valid: Tensor, exclusive: bool
+) -> Tensor:
+    """Weighted sum of a loss over the levels of a decoder, finest first: weights 1, 1/2, 1/4, ... to a sum of 1.
+
+    The target (B, K, *S) is averaged down to the resolution of each level, so that a coarse voxel is learnt as the
+    share of each class in it; a coarse voxel counts where any of its voxels does.
+    """
+    weights = [0.5**i for i in range(len(levels))]
+    size = levels[0].shape[2:]
+    target, valid_share = _pad_to(target, size), _pad_to(valid.to(target.dtype), size)
+    total = levels[0].new_zeros((), dtype=torch.float32)
+    for weight, logits in zip(weights, levels, strict=True):
+        if logits.shape[2:] != target.shape[2:]:
+            factor = [a // b for a, b in zip(target.shape[2:], logits.shape[2:], strict=True)]
+            pool = F.avg_pool3d if logits.ndim == 5 else F.avg_pool2d
+            target, valid_share = pool(target, factor), pool(valid_share, factor)
+        total = total + weight * loss(logits.float(), target, valid_share > 0, exclusive)
+    return total / sum(weights)
+
+
+def _pad_to(tensor: Tensor, size: torch.Size) -> Tensor:
+    """Pad with zeros at the end of each axis: padded voxels have no target and are not valid."""
+    padding: list[int] = []
+    for have, want in zip(reversed(tensor.shape[2:]), reversed(size), strict=True):
+        padding += [0, want - have]
+    return F.pad(tensor, padding) if any(padding) else tensor
