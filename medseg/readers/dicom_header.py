@@ -1,0 +1,196 @@
+"""The header of one DICOM file as plain values, without its pixels; nothing here decides whether it is usable."""
+
+from __future__ import annotations
+
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID
+
+PARSE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,  # RecursionError of nested sequences (pydicom#2330) and NotImplementedError are among these
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    InvalidDicomError,
+)
+"""What pydicom raises on damaged files; everything else is a fault of ours and must be seen."""
+
+TELLING = (
+    "TemporalPositionIdentifier",
+    "TemporalPositionIndex",
+    "AcquisitionNumber",
+    "EchoNumbers",
+    "EchoTime",
+    "DiffusionBValue",
+    "InversionTime",
+    "FlipAngle",
+    "TriggerTime",
+    "FrameReferenceTime",
+    "ConvolutionKernel",
+    "ImageType",
+    "AcquisitionTime",
+    "ContentTime",
+)
+"""Attributes that tell images of the same place apart, in the order in which they are asked (PS3.3 C.7.6, C.8)."""
+
+KEYWORDS = (
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID"),
+    *("Modality", "Manufacturer", "Units", "ImageType", "InstanceNumber", "ModalityLUTSequence"),
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
+    *("PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"),
+)
+TAGS: list[Any] = [*dict.fromkeys([*KEYWORDS, *TELLING])]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is asked of one file.
+
+    Attributes
+    ----------
+    orientation : direction cosines of a row and a column, LPS, six numbers; None when absent or not six.
+    position : centre of the first pixel, mm in LPS; None when absent.
+    spacing : distance between rows, then between columns, in mm; None when absent.
+    telling : attributes that may tell repeated images of one place apart, as text.
+    damaged : the attribute whose value is no number, else "".
+    """
+
+    path: Path = field(repr=False)
+    sop_class: str
+    sop_uid: str = field(repr=False)
+    series_uid: str = field(repr=False)
+    study_uid: str = field(repr=False)
+    patient_id: str = field(repr=False)
+    modality: str
+    meta: dict[str, str]
+    image_type: tuple[str, ...]
+    instance: str
+    rows: int
+    columns: int
+    frames: int
+    samples: int
+    bits: int
+    orientation: tuple[float, ...] | None
+    position: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None
+    imager_spacing: bool
+    modality_lut: bool
+    frame_of_reference: str = field(repr=False)
+    telling: dict[str, str] = field(repr=False)
+    damaged: str = ""
+
+    @property
+    def class_name(self) -> str:
+        """The standard's name of the kind of object, "private" when it has none."""
+        name = UID(self.sop_class).name
+        return "private" if name == self.sop_class else name
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence pydicom's warnings: they quote header values, which may identify a patient."""
+    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def looks_like_dicom(path: Path) -> bool:
+    """Tell by the first bytes: "DICM" after the preamble, or a bare data set that starts with group 2 or 8."""
+    with open(path, "rb") as handle:
+        head = handle.read(132)
+    bare = head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132 and head[3] == 0
+    return head[128:132] == b"DICM" or bare
+
+
+def read_header(path: Path) -> Header | None:
+    """Read one file's header.
+
+    Returns
+    -------
+    Header or None
+        None when the file is DICOM but no image or object of a series (a DICOMDIR, or a chance likeness).
+
+    Raises
+    ------
+    PARSE_ERRORS : the file is damaged; call inside `quiet`.
+    """
+    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+    if not dataset.get("SeriesInstanceUID") or not dataset.get("SOPClassUID"):
+        return None
+    return header_of(dataset, path)
+
+
+def header_of(dataset: Dataset, path: Path) -> Header:
+    """Take the plain values out of a data set."""
+    damaged: list[str] = []
+
+    def numbers(keyword: str, count: int) -> tuple[float, ...] | None:
+        try:
+            values = dataset.get(keyword)
+            if values is None or values == "":
+                return None
+            floats = tuple(float(value) for value in (values if count > 1 else [values]))
+        except PARSE_ERRORS:
+            floats = ()
+        if len(floats) != count or not all(math.isfinite(value) for value in floats):
+            damaged.append(keyword)
+            return None
+        return floats
+
+    def whole(keyword: str, default: int) -> int:
+        value = numbers(keyword, 1)
+        return default if value is None else int(value[0])
+
+    return Header(
+        path=path,
+        sop_class=_text(dataset, "SOPClassUID"),
+        sop_uid=_text(dataset, "SOPInstanceUID") or str(path),  # without one, no file is another's duplicate
+        series_uid=_text(dataset, "SeriesInstanceUID"),
+        study_uid=_text(dataset, "StudyInstanceUID"),
+        patient_id=_text(dataset, "PatientID"),
+        modality=_text(dataset, "Modality"),
+        meta={word: _text(dataset, word) for word in ("Modality", "Manufacturer", "Units") if _text(dataset, word)},
+        image_type=tuple(word.strip().upper() for word in _text(dataset, "ImageType").split("\\")),
+        instance=_text(dataset, "InstanceNumber") or "without number",
+        rows=whole("Rows", 0),
+        columns=whole("Columns", 0),
+        frames=whole("NumberOfFrames", 1),
+        samples=whole("SamplesPerPixel", 1),
+        bits=whole("BitsAllocated", 16),
+        orientation=numbers("ImageOrientationPatient", 6),
+        position=numbers("ImagePositionPatient", 3),
+        spacing=numbers("PixelSpacing", 2),
+        imager_spacing="ImagerPixelSpacing" in dataset,
+        modality_lut="ModalityLUTSequence" in dataset,
+        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
+        telling={word: _text(dataset, word) for word in TELLING if word in dataset},
+        damaged=", ".join(damaged),
+    )
+
+
+def _text(dataset: Dataset, keyword: str) -> str:
+    """Return a value as text, several joined by a backslash as in the file, "" when absent or damaged."""
+    try:
+        value = dataset.get(keyword)
+        several = isinstance(value, (list, pydicom.multival.MultiValue))
+        return "" if value is None else "\\".join(map(str, value)) if several else str(value).strip()
+    except PARSE_ERRORS:
+        return ""

@@ -1,0 +1,255 @@
+"""Find the DICOM series in any mix of files and folders, by headers alone, and split what hides in one series UID.
+
+paths -> headers -> one group per SeriesInstanceUID -> parts of one grid -> parts of one time point -> SeriesFiles
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydicom import uid
+
+from medseg.errors import MedsegError, ReadError
+from medseg.readers.dicom_geometry import repeats, same_orientation, same_spacing, series_grid
+from medseg.readers.dicom_header import PARSE_ERRORS, TELLING, Header, looks_like_dicom, quiet, read_header
+from medseg.readers.dicom_refusals import Refusal, reason, refuse
+
+CLASSIC = (uid.CTImageStorage, uid.MRImageStorage, uid.PositronEmissionTomographyImageStorage)
+MULTIFRAME = (
+    uid.EnhancedCTImageStorage,
+    uid.EnhancedMRImageStorage,
+    uid.EnhancedPETImageStorage,
+    uid.LegacyConvertedEnhancedCTImageStorage,
+    uid.LegacyConvertedEnhancedMRImageStorage,
+    uid.LegacyConvertedEnhancedPETImageStorage,
+)
+
+
+@dataclass(frozen=True)
+class SeriesFiles:
+    """One series, or one part of a series UID that holds several; readable unless `refusal` says why not.
+
+    Attributes
+    ----------
+    uid, study_uid, patient_id : identity, for grouping in memory only: never print or store them.
+    headers : one per file, in the order found.
+    part : "" or what set this part apart from others of the same series UID (MIXED_MATRIX, MIXED_SERIES, ...).
+    refusal : why it cannot be read, as far as the headers show.
+    """
+
+    uid: str = field(repr=False)
+    study_uid: str = field(repr=False)
+    patient_id: str = field(repr=False)
+    modality: str
+    headers: tuple[Header, ...] = field(repr=False)
+    part: str = ""
+    refusal: Refusal | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, one per slice (exact duplicates included)."""
+        return tuple(header.path for header in self.headers)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies under some paths.
+
+    Attributes
+    ----------
+    series : readable and refused ones, localizers included (refused), in the order found.
+    ignored : kinds of DICOM object without an image grid of their own -> how many ("Segmentation Storage": 2).
+    not_dicom : number of files that are no DICOM.
+    unreadable : number of damaged DICOM files; a series beside them may lack slices.
+    """
+
+    series: tuple[SeriesFiles, ...]
+    ignored: dict[str, int]
+    not_dicom: int
+    unreadable: int
+
+    def describe(self) -> str:
+        """Return one line for a message, without names or identifiers."""
+        good = sum(series.refusal is None for series in self.series)
+        refused = Counter(series.refusal.code for series in self.series if series.refusal is not None)
+        parts = [f"{good} readable series"]
+        parts += [f"{count} refused ({code})" for code, count in sorted(refused.items())]
+        parts += [f"{count} {name}" for name, count in sorted(self.ignored.items())]
+        parts += [f"{self.unreadable} damaged files"] * bool(self.unreadable)
+        parts += [f"{self.not_dicom} files that are not DICOM"] * bool(self.not_dicom)
+        return ", ".join(parts)
+
+
+def find_series(paths: Path | Iterable[Path]) -> list[SeriesFiles]:
+    """Return every series under `paths` (files or folders, searched to the bottom, any file name).
+
+    Raises
+    ------
+    ReadError : NOT_FOUND, a path does not exist.
+    """
+    return list(scan(paths).series)
+
+
+def scan(paths: Path | Iterable[Path]) -> Found:
+    """Index `paths` like `find_series` and also say what was left out.
+
+    An empty folder gives an empty `Found`. Linked folders are not followed.
+
+    Raises
+    ------
+    ReadError : NOT_FOUND, a path does not exist.
+    """
+    ignored: Counter[str] = Counter()
+    groups: dict[str, list[Header]] = {}
+    not_dicom = unreadable = 0
+    with quiet():
+        for path in _files([paths] if isinstance(paths, Path) else paths):
+            try:
+                header = read_header(path) if looks_like_dicom(path) else None
+            except PARSE_ERRORS:
+                unreadable += 1
+                continue
+            if header is None:
+                not_dicom += 1
+            elif _is_image(header):
+                groups.setdefault(header.series_uid, []).append(header)
+            else:
+                ignored[header.class_name] += 1
+    series = tuple(part for headers in groups.values() for part in _parts(headers))
+    return Found(series, dict(ignored), not_dicom, unreadable)
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Walk to the regular files, sorted, each once."""
+    seen: set[Path] = set()
+    for path in paths:
+        if not path.exists():
+            raise ReadError(f"{path.name}: this file or folder does not exist", code="NOT_FOUND")
+        for file in sorted(_walk(path)) if path.is_dir() else [path]:
+            if file.is_file() and file not in seen:
+                seen.add(file)
+                yield file
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in names)
+
+
+def _is_image(header: Header) -> bool:
+    """Tell images from objects that refer to images (SEG, RTSTRUCT, SR, presentation states, raw data)."""
+    private = header.class_name == "private" and header.rows > 0
+    return header.sop_class in CLASSIC + MULTIFRAME or "Image Storage" in header.class_name or private
+
+
+def _parts(headers: Sequence[Header]) -> list[SeriesFiles]:
+    """Split one series UID into what can be read on its own, and say of each part whether it can."""
+    grids = _split_by_grid(headers)
+    if len(grids) > 1 and all(len(part) == 1 for _, part in grids):
+        grids = [("", list(headers))]
+    parts = []
+    for why, part in grids:
+        times = _split_by_repeats(part)
+        parts += [_series(piece, "MIXED_SERIES" if len(times) > 1 else why) for piece in times]
+    return parts
+
+
+SPLITS: dict[str, Callable[[Header, Header], bool]] = {
+    "LOCALIZER": lambda one, other: ("LOCALIZER" in one.image_type) == ("LOCALIZER" in other.image_type),
+    "UNSUPPORTED_CLASS": lambda one, other: one.sop_class == other.sop_class and one.samples == other.samples,
+    "MIXED_MATRIX": lambda one, other: (one.rows, one.columns) == (other.rows, other.columns),
+    "MIXED_ORIENTATION": same_orientation,
+    "MIXED_SPACING": same_spacing,
+}
+"""What must be the same inside one part, in the order in which it is asked."""
+
+
+def _split_by_grid(headers: Sequence[Header]) -> list[tuple[str, list[Header]]]:
+    """Sort headers into parts of one kind and one grid; each with what set it apart from the largest."""
+    parts: list[list[Header]] = []
+    for header in headers:
+        for part in parts:
+            if all(same(part[0], header) for same in SPLITS.values()):
+                part.append(header)
+                break
+        else:
+            parts.append([header])
+    main = max(parts, key=len)
+    reasons = {
+        id(part): next(word for word, same in SPLITS.items() if not same(main[0], part[0]))
+        for part in parts
+        if part is not main
+    }
+    whole = next((reasons[id(part)] for part in parts if part is not main and reasons[id(part)] != "LOCALIZER"), "")
+    return [(reasons.get(id(part), whole), part) for part in parts]
+
+
+def _split_by_repeats(headers: list[Header]) -> list[list[Header]]:
+    """Split images of the same places (time points, echoes) by the attribute that separates them cleanly, if any.
+
+    Clean: as many parts as images at the fullest place, at least two slices in each, no place twice in a part.
+    """
+    once = list({header.sop_uid: header for header in headers}.values())
+    if len(once) < 4 or any(header.position is None or header.orientation is None for header in once):
+        return [headers]
+    places = repeats(once)
+    most = int(np.bincount(places).max())
+    place_of = {header.sop_uid: int(place) for header, place in zip(once, places, strict=True)}
+    for word in TELLING if most > 1 else ():
+        parts: dict[str, list[Header]] = {}
+        for header in headers:
+            parts.setdefault(header.telling.get(word, ""), []).append(header)
+        if len(parts) == most and all(_each_place_once(part, place_of) for part in parts.values()):
+            return list(parts.values())
+    return [headers]
+
+
+def _each_place_once(headers: Sequence[Header], place_of: dict[str, int]) -> bool:
+    uids = {header.sop_uid for header in headers}
+    return len(uids) >= 2 and len({place_of[uid] for uid in uids}) == len(uids)
+
+
+def _series(headers: Sequence[Header], part: str) -> SeriesFiles:
+    """Describe one part and check all that its headers show."""
+    first = headers[0]
+    refusal = None
+    try:
+        check_headers(headers)
+    except MedsegError as error:
+        refusal = reason(error)
+    return SeriesFiles(
+        first.series_uid, first.study_uid, first.patient_id, first.modality, tuple(headers), part, refusal
+    )
+
+
+def check_headers(headers: Sequence[Header]) -> None:
+    """Refuse a series that its headers show to be no volume.
+
+    Raises
+    ------
+    ReadError, GeometryError : with the code.
+    """
+    first = headers[0]
+    if any("LOCALIZER" in header.image_type for header in headers):
+        raise refuse("LOCALIZER", f"{len(headers)} localizer images")
+    if any(header.samples != 1 for header in headers):
+        raise refuse("COLOUR", f"{first.samples} samples per pixel")
+    if first.sop_class in MULTIFRAME or any(header.frames != 1 for header in headers):
+        raise refuse("ENHANCED_MULTIFRAME", f"{first.class_name} with {first.frames} frames")
+    if first.sop_class not in CLASSIC:
+        raise refuse("UNSUPPORTED_CLASS", f"{first.class_name} is not read as a volume")
+    if any("MOSAIC" in header.image_type for header in headers):
+        raise refuse("MOSAIC", "each image is a mosaic of many slices")
+    for header in headers:
+        if header.damaged:
+            raise refuse("UNREADABLE", f"{header.damaged} of instance {header.instance} has no valid value")
+        if header.rows < 1 or header.columns < 1:
+            raise refuse("TRUNCATED", f"instance {header.instance} declares no size: its header ends early")
+    if any(header.modality_lut for header in headers):
+        raise refuse("MODALITY_LUT", "values go through a lookup table")
+    series_grid(list({header.sop_uid: header for header in headers}.values()))

@@ -1,0 +1,129 @@
+"""The pixels of one classic single-frame DICOM file as values in their unit (HU, Bq/mL, arbitrary for MR)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import pixel_array
+from pydicom.uid import UID
+
+from medseg.readers.dicom_header import PARSE_ERRORS, Header
+from medseg.readers.dicom_refusals import refuse
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One slice.
+
+    Attributes
+    ----------
+    values : (columns, rows) float64, stored * slope + intercept; MONOCHROME1 is not inverted.
+    padding : same shape, True where the scanner recorded nothing (PixelPaddingValue); None when there is none.
+    """
+
+    values: NDArray[np.float64]
+    padding: NDArray[np.bool_] | None
+
+
+def read_pixels(header: Header) -> Pixels:
+    """Read, check and decode one slice; call inside `quiet`.
+
+    Raises
+    ------
+    ReadError : TRUNCATED, LENGTH_MISMATCH, NO_DECODER, BAD_RESCALE or UNREADABLE.
+    """
+    try:
+        dataset = pydicom.dcmread(header.path, force=True)
+        stored = stored_values(dataset, header)
+        slope, intercept = _rescale(dataset, header)
+        padding = _padding(dataset, stored)
+    except EOFError as error:
+        raise refuse("TRUNCATED", f"instance {header.instance} ends inside its pixels") from error
+    except PARSE_ERRORS as error:
+        kind = "too deeply nested" if isinstance(error, RecursionError) else f"{type(error).__name__} while decoding"
+        raise refuse("UNREADABLE", f"the pixels of instance {header.instance} cannot be read ({kind})") from error
+    values = stored.astype(np.float64) * slope + intercept
+    return Pixels(values.T, None if padding is None else padding.T)
+
+
+def stored_values(dataset: Dataset, header: Header) -> NDArray[Any]:
+    """Decode the stored numbers, (rows, columns), as whole numbers with their sign.
+
+    Raises
+    ------
+    ReadError : TRUNCATED, LENGTH_MISMATCH or NO_DECODER; PARSE_ERRORS: what pydicom finds damaged.
+    """
+    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", "") or dataset.original_encoding_syntax)
+    if "PixelData" not in dataset:
+        raise EOFError
+    if not syntax.is_encapsulated:
+        _check_length(len(dataset.PixelData), header)
+        return _own_bits(pixel_array(dataset, raw=True), dataset)
+    try:
+        available = get_decoder(syntax).is_available
+    except NotImplementedError:
+        available = False
+    if not available:
+        raise refuse("NO_DECODER", f"no decoder for {syntax.name} is installed")
+    return np.asarray(pixel_array(dataset, raw=True))
+
+
+def _check_length(length: int, header: Header) -> None:
+    """Compare the bytes that are there with those that the size declares, before anything is decoded."""
+    row = header.columns * header.bits // 8
+    if length < row * header.rows:
+        raise refuse("TRUNCATED", f"instance {header.instance} holds {length} of {row * header.rows} bytes of pixels")
+    if length >= row * (header.rows + 1):
+        raise refuse(
+            "LENGTH_MISMATCH",
+            f"instance {header.instance} holds {length} bytes of pixels where {row * header.rows} are declared",
+        )
+
+
+def _own_bits(array: NDArray[Any], dataset: Dataset) -> NDArray[Any]:
+    """Keep the BitsStored bits below HighBit (others may hold overlays) and extend the sign."""
+    allocated, used = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    shift = int(dataset.get("HighBit", used - 1)) + 1 - used
+    if not (0 < used <= allocated and 0 <= shift <= allocated - used):
+        raise ValueError("BitsStored and HighBit do not fit BitsAllocated")
+    if used == allocated:
+        return array
+    raw = array.view(f"u{array.dtype.itemsize}").astype(np.int64)
+    raw = (raw >> shift) & ((1 << used) - 1)
+    if dataset.PixelRepresentation == 1:
+        raw -= (raw >> (used - 1)) << used
+    return raw
+
+
+def _rescale(dataset: Dataset, header: Header) -> tuple[float, float]:
+    """Return slope and intercept of this slice (1 and 0 when absent)."""
+    slope, intercept = (
+        float(default if dataset.get(word) is None else dataset.get(word))
+        for word, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+    )
+    if not (np.isfinite(slope) and np.isfinite(intercept)) or slope == 0:
+        raise refuse("BAD_RESCALE", f"slope {slope} and intercept {intercept} of instance {header.instance}")
+    return slope, intercept
+
+
+def _padding(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """Return where `stored` is padding: PixelPaddingValue, or the range up to PixelPaddingRangeLimit."""
+    bounds = [dataset.get(word) for word in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if bounds[0] is None:
+        return None
+    low, high = sorted(_signed(int(bound if bound is not None else bounds[0]), dataset) for bound in bounds)
+    where = (stored >= low) & (stored <= high)
+    return where if where.any() else None
+
+
+def _signed(value: int, dataset: Dataset) -> int:
+    """Read a padding value with the sign of the pixels: files often write -2000 as the unsigned 63536."""
+    size = 1 << int(dataset.BitsAllocated)
+    value %= size
+    return value - size if dataset.PixelRepresentation == 1 and value >= size // 2 else value

@@ -1,0 +1,82 @@
+"""REFUSALS: every reason why a DICOM series is not read, with the error it raises and what a person can do.
+
+Messages never name a file, a UID or any text of the header: file names and descriptions may identify a patient.
+A slice is named by its instance number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medseg.errors import GeometryError, MedsegError, ReadError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row: the class of the error and the advice that ends its message."""
+
+    error: type[MedsegError]
+    advice: str
+
+
+_SPLIT = "find_series() splits it into its parts: read one of them"
+_EXPORT = "export the series again from the PACS or scanner"
+
+REFUSALS: dict[str, Kind] = {
+    "BAD_ORIENTATION": Kind(GeometryError, "the directions of rows and columns are damaged: " + _EXPORT),
+    "BAD_RESCALE": Kind(ReadError, "the values cannot be brought to their unit: " + _EXPORT),
+    "COLOUR": Kind(ReadError, "colour pictures have no intensities to learn from: give the original series"),
+    "DUPLICATE_POSITION": Kind(GeometryError, "keep the right one of the slices that share a position"),
+    "ENHANCED_MULTIFRAME": Kind(ReadError, "export it as classic single-frame images, or convert it with dcm2niix"),
+    "GANTRY_TILT": Kind(GeometryError, "resample it to an upright grid first (dcm2niix writes a _Tilt file)"),
+    "IRREGULAR_SPACING": Kind(GeometryError, "reconstruct with even spacing, or resample it first"),
+    "LENGTH_MISMATCH": Kind(ReadError, "the pixels do not fit the declared size: " + _EXPORT),
+    "LOCALIZER": Kind(ReadError, "a planning image is no volume: give the series itself"),
+    "MISSING_SLICES": Kind(GeometryError, "fetch the missing slices: " + _EXPORT),
+    "MIXED_FRAME_OF_REFERENCE": Kind(GeometryError, "the slices belong to different coordinate systems: separate them"),
+    "MIXED_MATRIX": Kind(GeometryError, _SPLIT),
+    "MIXED_ORIENTATION": Kind(GeometryError, _SPLIT),
+    "MIXED_SERIES": Kind(GeometryError, _SPLIT),
+    "MIXED_SPACING": Kind(GeometryError, _SPLIT),
+    "MODALITY_LUT": Kind(
+        ReadError, "values by lookup table are not supported: export with rescale slope and intercept"
+    ),
+    "MOSAIC": Kind(ReadError, "convert it with dcm2niix first"),
+    "MULTIPLE_SERIES": Kind(ReadError, "read them one by one: find_series() lists them"),
+    "NOT_AN_IMAGE": Kind(ReadError, "give a CT, MR or PET series"),
+    "NO_DECODER": Kind(ReadError, "install the decoder (`pip install python-gdcm` knows most), or export uncompressed"),
+    "NO_PIXEL_SPACING": Kind(
+        GeometryError, "the size of a pixel in the patient is unknown and is never guessed: " + _EXPORT
+    ),
+    "NO_POSITION": Kind(GeometryError, "where the slice lies is unknown and is never guessed: " + _EXPORT),
+    "NO_SERIES": Kind(ReadError, "give a folder or files of one CT, MR or PET series"),
+    "OVERSIZED": Kind(ReadError, "raise max_bytes if the size is real"),
+    "SINGLE_SLICE": Kind(GeometryError, "one slice has no spacing: give the whole series"),
+    "TRUNCATED": Kind(ReadError, "the file is cut short: copy or export it again"),
+    "UNREADABLE": Kind(ReadError, "the file is damaged: copy or export it again"),
+    "UNSUPPORTED_CLASS": Kind(ReadError, "give a CT, MR or PET series"),
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a series is not read: a code of REFUSALS and the facts in words."""
+
+    code: str
+    text: str
+
+    def error(self) -> MedsegError:
+        """Return the error to raise."""
+        return refuse(self.code, self.text)
+
+
+def refuse(code: str, text: str) -> MedsegError:
+    """Return (not raise) the error of `code` with the facts of this case and the advice."""
+    kind = REFUSALS[code]
+    return kind.error(f"DICOM series refused, {code}: {text}; {kind.advice}", code=code)
+
+
+def reason(error: MedsegError) -> Refusal:
+    """Turn an error made by `refuse` back into its code and facts."""
+    text = str(error).removeprefix(f"DICOM series refused, {error.code}: ")
+    return Refusal(error.code, text.removesuffix("; " + REFUSALS[error.code].advice))

@@ -1,0 +1,156 @@
+"""Read one classic DICOM series (CT, MR, PET; one file per slice) as a Volume, exactly or not at all.
+
+Never silently wrong: order and affine come from positions and directions only, values from each slice's own rescale,
+and whatever is irregular is refused with a code (docs/reference/reason-codes.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.readers.dicom_geometry import series_grid
+from medseg.readers.dicom_header import Header, quiet
+from medseg.readers.dicom_index import Found, SeriesFiles, scan
+from medseg.readers.dicom_pixels import read_pixels
+from medseg.readers.dicom_refusals import refuse
+from medseg.volume import Volume
+
+MAX_BYTES = 4 * 2**30
+"""Largest volume (float32) that is read unless more is allowed: 512 x 512 x 4096."""
+AIR_HU = -1024.0
+
+
+def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int = MAX_BYTES) -> Volume:
+    """Read one series.
+
+    Parameters
+    ----------
+    source : a folder (searched to the bottom) or files that hold one series, or one entry of `find_series`.
+    max_bytes : refuse a larger volume before anything is allocated.
+
+    Returns
+    -------
+    Volume
+        array (1, I, J, K) float32: I along a row (column index), J down the rows, K along cross(row, column); values
+        in HU for CT, the stored unit for MR and PET. affine exact from position, directions and spacing, RAS+ mm.
+        notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, NO_FRAME_OF_REFERENCE, PADDING_MASKED.
+        meta: Modality, Manufacturer, Units when present; no free text.
+
+    Raises
+    ------
+    ReadError, GeometryError : with a code of REFUSALS; NOT_FOUND when a path does not exist.
+    """
+    notes: list[str] = []
+    if not isinstance(source, SeriesFiles):
+        found = scan(source)
+        source = _only(found)
+        notes += ["LOCALIZER_SET_ASIDE"] * (len(found.series) > 1)
+    if source.refusal is not None:
+        raise source.refusal.error()
+    headers, duplicates = _each_once(source.headers)
+    size = 4 * headers[0].rows * headers[0].columns * len(headers)
+    if size > max_bytes:
+        raise refuse(
+            "OVERSIZED",
+            f"{headers[0].columns} x {headers[0].rows} x {len(headers)} voxels need {size / 2**30:.1f} GiB, "
+            f"allowed are {max_bytes / 2**30:.1f} GiB",
+        )
+    grid = series_grid(headers)
+    ordered = [headers[index] for index in grid.order]
+    with quiet():
+        _check_duplicates(duplicates, headers)
+        array, masked = _stack(ordered)
+    notes += ["DERIVED"] * ("DERIVED" in headers[0].image_type)
+    notes += ["DUPLICATES_DROPPED"] * bool(duplicates)
+    notes += ["NO_FRAME_OF_REFERENCE"] * (not headers[0].frame_of_reference)
+    notes += ["PADDING_MASKED"] * masked
+    return Volume(array, grid.affine, notes=tuple(sorted(notes)), meta=dict(headers[0].meta))
+
+
+def _only(found: Found) -> SeriesFiles:
+    """Return the one series that was found, localizers aside, or refuse."""
+    if found.unreadable:
+        raise refuse("UNREADABLE", f"{found.describe()}: slices may be missing")
+    series = [entry for entry in found.series if entry.refusal is None or entry.refusal.code != "LOCALIZER"]
+    if len(series) == 1 or (not series and len(found.series) == 1):
+        return (series or list(found.series))[0]
+    if not series:
+        kind = "LOCALIZER" if found.series else "NOT_AN_IMAGE" if found.ignored else "NO_SERIES"
+        raise refuse(kind, f"found {found.describe()}")
+    parts = {entry.part for entry in series} - {"", "LOCALIZER"}
+    if len({entry.uid for entry in series}) == 1 and parts:
+        sizes = ", ".join(_describe(entry) for entry in series)
+        code = sorted(parts)[0]
+        raise refuse(code, f"one series holds {len(series)} parts: {sizes}{_what_differs(series, code)}")
+    raise refuse("MULTIPLE_SERIES", f"found {found.describe()}")
+
+
+def _describe(series: SeriesFiles) -> str:
+    return f"{len(series.files)} slices of {series.headers[0].columns}x{series.headers[0].rows}"
+
+
+def _what_differs(series: Sequence[SeriesFiles], code: str) -> str:
+    """Name the attributes that tell the parts apart, for parts that lie at the same places."""
+    if code != "MIXED_SERIES":
+        return ""
+    first, second = (entry.headers[0].telling for entry in series[:2])
+    return f"; what differs: {', '.join(word for word in first if first[word] != second.get(word))}"
+
+
+def _each_once(headers: Sequence[Header]) -> tuple[list[Header], list[Header]]:
+    """Return the first file of each SOP instance, and the further ones."""
+    first: dict[str, Header] = {}
+    further = [header for header in headers if first.setdefault(header.sop_uid, header) is not header]
+    return list(first.values()), further
+
+
+def _check_duplicates(duplicates: Sequence[Header], headers: Sequence[Header]) -> None:
+    """Refuse a second file of an instance that differs from the first in place or pixels."""
+    first = {header.sop_uid: header for header in headers}
+    for header in duplicates:
+        other = first[header.sop_uid]
+        same = (header.position, header.orientation) == (other.position, other.orientation)
+        if not same or not np.array_equal(read_pixels(header).values, read_pixels(other).values):
+            raise refuse(
+                "DUPLICATE_POSITION",
+                f"two files claim to be the same instance ({header.instance}) but differ in place or pixels",
+            )
+
+
+def _stack(headers: Sequence[Header]) -> tuple[NDArray[np.float32], bool]:
+    """Read the slices in order into (1, I, J, K); padding becomes the lowest real value. Also: was any masked."""
+    first = headers[0]
+    array = np.empty((1, len(headers), first.rows, first.columns), np.float32).transpose(0, 3, 2, 1)
+    padded: dict[int, NDArray[np.bool_]] = {}
+    lowest = np.inf
+    for k, header in enumerate(headers):
+        pixels = read_pixels(header)
+        _check_shape(pixels.values.shape, header)
+        array[0, :, :, k] = pixels.values
+        real = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
+        lowest = min(lowest, float(real.min())) if real.size else lowest
+        if pixels.padding is not None:
+            padded[k] = pixels.padding
+    fill = np.float32(_fill(lowest, first.modality))
+    masked = False
+    for k, where in padded.items():
+        masked |= bool((array[0, :, :, k][where] != fill).any())
+        array[0, :, :, k][where] = fill
+    return array, masked
+
+
+def _fill(lowest: float, modality: str) -> float:
+    """Return what stands for padding: the lowest real value; 0 where MR and PET have their own empty value."""
+    if not np.isfinite(lowest):
+        return AIR_HU if modality == "CT" else 0.0
+    return lowest if modality == "CT" else min(lowest, 0.0)
+
+
+def _check_shape(shape: tuple[int, ...], header: Header) -> None:
+    """Refuse a compressed picture whose own size is not the declared one."""
+    if shape != (header.columns, header.rows):
+        raise refuse("LENGTH_MISMATCH", f"instance {header.instance} decodes to another size than it declares")
