@@ -23,7 +23,7 @@ FILE_LINES, FUNCTION_LINES = 400, 60
 LONGER: dict[str, str] = {}
 
 # Imported on the way to a quick answer, so without what takes a second or more to import.
-LIGHT = ["medseg", "medseg.cli", "medseg.checking", "medseg.evaluation", "medseg.readers", "medseg.spec", "medseg.studies"]
+LIGHT = ["medseg", "medseg.cli", "medseg.checking", "medseg.evaluation", "medseg.readers", "medseg.studies"]
 HEAVY = {"torch", "monai", "mlflow"}
 HEAVY_FOR_HELP = {*HEAVY, "matplotlib", "pandas", "scipy", "SimpleITK", "nibabel", "pydicom", "skimage", "jinja2"}
 
