@@ -48,14 +48,10 @@ def dice_ce_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool)
     return dice_loss(logits, target, valid, exclusive) + cross_entropy_loss(logits, target, valid, exclusive)
 
 
-LOSSES: Registry[Loss] = Registry(
-    "losses", {"dice_ce": dice_ce_loss, "dice": dice_loss, "ce": cross_entropy_loss}
-)
+LOSSES: Registry[Loss] = Registry("losses", {"dice_ce": dice_ce_loss, "dice": dice_loss, "ce": cross_entropy_loss})
 
 
-def deep_supervision(
-    loss: Loss, levels: list[Tensor], target: Tensor, valid: Tensor, exclusive: bool
-) -> Tensor:
+def deep_supervision(loss: Loss, levels: list[Tensor], target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
     """Weighted sum of a loss over the levels of a decoder, finest first: weights 1, 1/2, 1/4, ... to a sum of 1.
 
     The target (B, K, *S) is averaged down to the resolution of each level, so that a coarse voxel is learnt as the

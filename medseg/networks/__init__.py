@@ -36,6 +36,4 @@ def build_network(
     name: str, *, spatial_dims: int, in_channels: int, out_channels: int, options: dict[str, Any]
 ) -> nn.Module:
     """Build the network called `name`; raise ConfigError for an unknown name."""
-    return NETWORKS[name](
-        spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options
-    )
+    return NETWORKS[name](spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options)

@@ -64,8 +64,10 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         if not len(features) == len(kernels) == len(strides) + 1:
-            raise ValueError(f"{len(features)} stages need as many kernels and one stride less, got "
-                             f"{len(kernels)} and {len(strides)}")
+            raise ValueError(
+                f"{len(features)} stages need as many kernels and one stride less, got "
+                f"{len(kernels)} and {len(strides)}"
+            )
         self.divisor = tuple(int(torch.tensor([s[axis] for s in strides]).prod()) for axis in range(spatial_dims))
         one = (1,) * spatial_dims
         steps = [one, *[tuple(s) for s in strides]]

@@ -1,0 +1,140 @@
+"""The bundle: everything needed to predict, in one folder that is verified before it is used.
+
+model.json               plan, spec, versions, and the SHA-256 of each weights file
+fold_<k>.safetensors     weights of one network (safetensors: no code can hide in it)
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from medseg.config import Config
+from medseg.errors import BundleError
+from medseg.files import digest, file_digest, write_atomically, write_json
+from medseg.networks import build_network
+from medseg.planning.plan import Plan
+from medseg.spec import Spec
+from medseg.targets import channel_names
+
+BUNDLE_FORMAT = 1
+MODEL_FILE = "model.json"
+
+
+class BundleInfo(Config):
+    """Content of model.json.
+
+    Attributes
+    ----------
+    weights : file name -> SHA-256, one file a fold.
+    dataset_digest : SHA-256 of the manifest of the cases it learnt from.
+    training : what the training recorded (steps, seconds, validation Dice); for people.
+    tracking_run : id of the MLflow run that made it, if it was tracked.
+    """
+
+    format: int
+    name: str
+    plan: Plan
+    spec: Spec
+    weights: dict[str, str]
+    dataset_digest: str
+    training: dict[str, Any]
+    versions: dict[str, str]
+    tracking_run: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that names the model: weights, plan and spec."""
+        return digest([self.weights, self.plan.digest, self.spec.model_dump(mode="json", exclude={"root"})])
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose hashes have been verified."""
+
+    folder: Path
+    info: BundleInfo
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    names = ("medseg", "torch", "monai", "numpy", "nibabel", "pydicom")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def save_bundle(folder: Path, info: BundleInfo, weights: dict[str, dict[str, Tensor]]) -> Bundle:
+    """Write a bundle; `weights` maps file names to state dicts, and replaces ``info.weights``."""
+    hashes = {}
+    for name, state in weights.items():
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        write_atomically(folder / name, _weights_writer(tensors))
+        hashes[name] = file_digest(folder / name)
+    info = info.model_copy(update={"weights": hashes})
+    write_json(folder / MODEL_FILE, info.model_dump(mode="json"))
+    return Bundle(folder, info)
+
+
+def _weights_writer(tensors: dict[str, Tensor]) -> Any:
+    return lambda path: safetensors.torch.save_file(tensors, path)
+
+
+def find_bundle(path: Path) -> Path:
+    """Return the bundle folder of a run folder or of itself; raise BundleError naming what was expected."""
+    for folder in (path, path / "6_model"):
+        if (folder / MODEL_FILE).is_file():
+            return folder
+    what = "does not exist" if not path.exists() else "holds no model"
+    unfinished = " (its training has not finished: run the same medseg train command again)"
+    hint = unfinished if (path / "3_plan.yaml").exists() else ""
+    raise BundleError(f"{path}: {what}{hint}; give a run folder of medseg train or its 6_model folder")
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read a bundle and compare every hash before any weight is parsed.
+
+    Raises
+    ------
+    BundleError : no bundle, unknown format, or a file that is missing or damaged.
+    """
+    folder = find_bundle(path)
+    try:
+        info = BundleInfo.model_validate(json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError) as error:
+        raise BundleError(f"{folder / MODEL_FILE}: damaged or of another version of medseg ({error})") from error
+    if info.format != BUNDLE_FORMAT:
+        raise BundleError(f"{folder}: bundle format {info.format}; this medseg reads format {BUNDLE_FORMAT}")
+    for name, expected in info.weights.items():
+        file = folder / name
+        if not file.is_file() or file_digest(file) != expected:
+            state = "damaged" if file.is_file() else "missing"
+            raise BundleError(f"{file}: {state}: its SHA-256 is not the one in {MODEL_FILE}; restore the bundle")
+    return Bundle(folder, info)
+
+
+def load_networks(bundle: Bundle) -> list[nn.Module]:
+    """Build the network of each fold with its weights, in evaluation mode on the CPU."""
+    networks = []
+    for name in sorted(bundle.info.weights):
+        network = make_network(bundle.info.spec, bundle.info.plan)
+        network.load_state_dict(safetensors.torch.load_file(bundle.folder / name))
+        networks.append(network.eval())
+    return networks
+
+
+def make_network(spec: Spec, plan: Plan) -> nn.Module:
+    """Return the network of a plan, freshly initialised."""
+    return build_network(
+        plan.network.name,
+        spatial_dims=plan.dimensions,
+        in_channels=len(spec.channels),
+        out_channels=len(channel_names(spec)),
+        options=plan.network.options,
+    )

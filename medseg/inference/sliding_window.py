@@ -1,0 +1,54 @@
+"""Logits of a whole volume from overlapping windows, by MONAI's sliding window with Gaussian weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from medseg.planning.plan import Plan
+from medseg.device import autocast
+
+Predictor = Callable[[Tensor], Tensor]
+
+
+def window_logits(networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Predictor:
+    """Return windows (B, C, *patch) -> logits (B, K, *patch): the mean over networks and mirrorings."""
+    flat = plan.dimensions == 2
+    axes = plan.augmentation.mirror_axes if mirror else ()
+    flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
+
+    def predict(windows: Tensor) -> Tensor:
+        if flat:
+            windows = windows[..., 0]
+        total: Tensor | None = None
+        for network, flip in itertools.product(networks, flips):
+            dims = [axis + 2 for axis in flip]
+            with autocast(windows.device.type, plan.precision):
+                logits = network(windows.flip(dims) if dims else windows)
+            logits = logits.float().flip(dims) if dims else logits.float()
+            total = logits if total is None else total.add_(logits)
+        assert total is not None
+        total /= len(networks) * len(flips)
+        return total[..., None] if flat else total
+
+    return predict
+
+
+@torch.inference_mode()
+def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Tensor:
+    """Return logits (K, I, J, K') of a prepared image (C, I, J, K').
+
+    Peak memory is about (K + 1) * 4 bytes a voxel for logits and weights, and one batch of windows.
+    """
+    inferer = SlidingWindowInferer(
+        roi_size=plan.patch_size,
+        sw_batch_size=8 if plan.dimensions == 2 else 1,
+        overlap=[plan.overlap if n > 1 else 0.0 for n in plan.patch_size],
+        mode="gaussian",
+    )
+    logits: Tensor = inferer(image[None], window_logits(networks, plan, mirror=mirror))
+    return logits[0]

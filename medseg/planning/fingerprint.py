@@ -1,0 +1,149 @@
+"""The fingerprint: what a dataset is, in the numbers that planning needs.
+
+All sizes and spacings are those of the cases turned to RAS, so that axes mean the same in every case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.config import Config
+from medseg.errors import MedsegError, SpecError
+from medseg.spec import Case, Spec
+from medseg.studies import Study, read_study
+from medseg.volume import reorient
+
+SAMPLES_PER_CASE = 5000
+
+
+class ChannelStatistics(Config):
+    """Foreground intensities of one channel over the dataset (percentiles 0.5, 50, 99.5, mean and deviation)."""
+
+    low: float
+    median: float
+    high: float
+    mean: float
+    deviation: float
+
+
+class Fingerprint(Config):
+    """What the planner knows of a dataset.
+
+    Attributes
+    ----------
+    cases, patients : how many.
+    shapes, spacings : percentiles (0, 10, 50, 90, 100) over the cases, of sizes in voxels and of spacings, RAS axes.
+    voxels : voxels of all cases together.
+    channels : name -> ChannelStatistics.
+    label_ml : label -> median volume (mL; for pictures, kilopixels) over the cases that have it.
+    label_cases : label -> number of cases that have it.
+    annotated_share : share of voxels that are not marked "ignore".
+    """
+
+    cases: int
+    patients: int
+    shapes: tuple[tuple[int, int, int], ...]
+    spacings: tuple[tuple[float, float, float], ...]
+    voxels: int
+    channels: dict[str, ChannelStatistics]
+    label_ml: dict[str, float]
+    label_cases: dict[str, int]
+    annotated_share: float = 1.0
+
+    @property
+    def median_shape(self) -> tuple[int, int, int]:
+        """Median size along R, A, S in voxels."""
+        return self.shapes[2]
+
+    @property
+    def median_spacing(self) -> tuple[float, float, float]:
+        """Median spacing along R, A, S."""
+        return self.spacings[2]
+
+
+def take_fingerprint(
+    spec: Spec, cases: Sequence[Case], *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Fingerprint:
+    """Read every case once and summarise them; `progress` is told (done, total).
+
+    Raises
+    ------
+    SpecError : cases that cannot be used, each named with its reason (all of them, not the first); no case at all.
+    """
+    if not cases:
+        raise SpecError(f"dataset {spec.name}: there is no case to learn from")
+    facts, problems = [], []
+    for number, case in enumerate(cases):
+        try:
+            study = read_study(spec, case)
+            if study.mask is None:
+                problems.append(f"case {case.id}: it has no mask (LABEL_MISSING)")
+            else:
+                facts.append(_facts(spec, study))
+        except MedsegError as error:
+            problems.append(f"{error} ({error.code})")
+        progress(number + 1, len(cases))
+    if problems:
+        raise SpecError(
+            f"{len(problems)} of {len(cases)} cases cannot be used; repair or remove them "
+            "(medseg check lists everything):\n  " + "\n  ".join(problems)
+        )
+    return _summarise(spec, cases, facts)
+
+
+class _Facts(Config):
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    samples: tuple[tuple[float, ...], ...]
+    label_ml: dict[str, float]
+    annotated: float
+
+
+def _facts(spec: Spec, study: Study) -> _Facts:
+    assert study.mask is not None
+    image, mask = reorient(study.image, "RAS"), reorient(study.mask, "RAS").array[0]
+    known = mask != spec.ignore if spec.ignore is not None else np.ones(mask.shape, bool)
+    foreground = (mask > 0) & known
+    counts = {name: int((mask == value).sum()) for name, value in spec.foreground.items()}
+    return _Facts(
+        shape=image.shape,
+        spacing=image.spacing,
+        samples=tuple(tuple(_sample(channel, foreground)) for channel in image.array),
+        label_ml={name: count * image.voxel_volume / 1000 for name, count in counts.items() if count},
+        annotated=float(known.mean()),
+    )
+
+
+def _sample(channel: NDArray[np.generic], foreground: NDArray[np.bool_]) -> list[float]:
+    """Return up to SAMPLES_PER_CASE foreground values, evenly spread (all voxels where there is no foreground)."""
+    values = channel[foreground] if foreground.any() else channel.ravel()
+    step = max(1, values.size // SAMPLES_PER_CASE)
+    return [float(v) for v in values[::step][:SAMPLES_PER_CASE]]
+
+
+def _summarise(spec: Spec, cases: Sequence[Case], facts: list[_Facts]) -> Fingerprint:
+    quantiles = (0, 10, 50, 90, 100)
+    shapes = np.percentile([f.shape for f in facts], quantiles, axis=0)
+    spacings = np.percentile([f.spacing for f in facts], quantiles, axis=0)
+    channels = {}
+    for index, name in enumerate(spec.channels):
+        values = np.concatenate([np.asarray(f.samples[index]) for f in facts])
+        low, median, high = (float(v) for v in np.percentile(values, (0.5, 50, 99.5)))
+        channels[name] = ChannelStatistics(
+            low=low, median=median, high=high, mean=float(values.mean()), deviation=float(values.std())
+        )
+    volumes = {name: [f.label_ml[name] for f in facts if name in f.label_ml] for name in spec.foreground}
+    return Fingerprint(
+        cases=len(facts),
+        patients=len({case.patient for case in cases}),
+        shapes=tuple((int(a), int(b), int(c)) for a, b, c in np.rint(shapes)),
+        spacings=tuple((round(float(a), 5), round(float(b), 5), round(float(c), 5)) for a, b, c in spacings),
+        voxels=int(sum(int(np.prod(f.shape)) for f in facts)),
+        channels=channels,
+        label_ml={name: round(float(np.median(v)), 4) if v else 0.0 for name, v in volumes.items()},
+        label_cases={name: len(v) for name, v in volumes.items()},
+        annotated_share=float(np.mean([f.annotated for f in facts])),
+    )

@@ -1,0 +1,181 @@
+"""The plan: every decision that training and prediction follow, in a YAML file that a person can read and edit.
+
+On disk each value has its reason beside it as a comment; reasons are written for people and not read back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, model_validator
+
+from medseg import config
+from medseg.config import Config
+from medseg.errors import ConfigError, PlanError
+from medseg.files import digest, write_text
+from medseg.planning.fingerprint import Fingerprint
+
+Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+
+class Normalise(Config):
+    """How one channel's intensities are brought to mean 0 and standard deviation 1.
+
+    scheme "zscore": by the image's own mean and deviation; "ct": clipped to [low, high] HU, then by `mean` and
+    `deviation` of the dataset's foreground; "none": left as they are.
+    """
+
+    scheme: Literal["zscore", "ct", "none"]
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    deviation: float = 1.0
+
+
+class NetworkPlan(Config):
+    """Name in the NETWORKS table and its options (see the network's own docstring)."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Augmentation(Config):
+    """Ranges of the random changes; a probability of 0 switches one off."""
+
+    rotation: float = Field(default=30.0, ge=0, le=180)  # degrees about each axis
+    scale: tuple[float, float] = (0.7, 1.4)
+    spatial_probability: float = Field(default=0.5, ge=0, le=1)
+    elastic: float = Field(default=2.0, ge=0)  # standard deviation of control points, voxels
+    mirror_axes: tuple[int, ...] = (0, 1, 2)
+    noise: float = Field(default=0.15, ge=0, le=1)
+    blur: float = Field(default=0.15, ge=0, le=1)
+    brightness: float = Field(default=0.2, ge=0, le=1)
+    contrast: float = Field(default=0.2, ge=0, le=1)
+    gamma: float = Field(default=0.3, ge=0, le=1)
+    low_resolution: float = Field(default=0.15, ge=0, le=1)
+
+
+class Measured(Config):
+    """What was measured on the machine that made the plan.
+
+    Attributes
+    ----------
+    device : "cpu" or the name of the GPU.
+    threads : processor threads used.
+    step_seconds : "<features> <precision>" -> median seconds of one training step at the planned patch and batch.
+    """
+
+    device: str
+    threads: int
+    step_seconds: dict[str, float]
+
+
+class Plan(Config):
+    """Everything from voxels to weights; see docs/reference/plan.md.
+
+    Axes are those of the prepared image: K is the slice axis of a 2-D plan.
+    """
+
+    dataset: str
+    dimensions: Literal[2, 3]
+    orientation: str = Field(pattern="^[RLAPSI]{3}$")
+    spacing: Spacing
+    normalisation: dict[str, Normalise]
+    patch_size: Triple
+    batch_size: int = Field(ge=1)
+    network: NetworkPlan
+    loss: str
+    foreground_share: float = Field(ge=0, le=1)
+    augmentation: Augmentation
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    warmup: float = Field(ge=0, lt=1)
+    averaging: float = Field(ge=0, lt=1)
+    precision: Literal["bf16", "fp16", "fp32"]
+    steps: int = Field(ge=1)
+    validations: int = Field(ge=1)
+    overlap: float = Field(ge=0, lt=1)
+    test_mirroring: bool
+    seed: int = Field(ge=0)
+    budget_seconds: float | None = None
+    measured: Measured | None = None
+    fingerprint: Fingerprint
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        if min(self.patch_size) < 1 or (self.dimensions == 2 and self.patch_size[2] != 1):
+            problems.append(f"patch_size {self.patch_size}: sizes are positive, and the third is 1 in a 2-D plan")
+        if min(self.spacing) <= 0:
+            problems.append(f"spacing {self.spacing}: three positive numbers are needed")
+        if {"RL", "AP", "SI"} != {next(p for p in ("RL", "AP", "SI") if c in p) for c in self.orientation}:
+            problems.append(f"orientation {self.orientation}: one letter of each pair R/L, A/P, S/I is needed")
+        if any(axis not in range(self.dimensions) for axis in self.augmentation.mirror_axes):
+            problems.append(
+                f"augmentation.mirror_axes {self.augmentation.mirror_axes}: axes are below {self.dimensions}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all values."""
+        return digest(self.model_dump(mode="json"))
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """What the deterministic part of the preparation depends on."""
+        chosen = self.model_dump(mode="json", include={"orientation", "spacing", "normalisation"})
+        return dict(chosen)
+
+
+def read_plan(path: Path) -> Plan:
+    """Read and check plan.yaml; raise PlanError listing every problem with its line."""
+    try:
+        return config.load(Plan, path)
+    except ConfigError as error:
+        raise PlanError(str(error)) from error
+
+
+def write_plan(path: Path, plan: Plan, reasons: dict[str, str]) -> None:
+    """Write a plan with the reason of each value as a comment above it."""
+    lines = [
+        "# How medseg prepares, learns and predicts this dataset. Every value may be edited before training.",
+        "",
+    ]
+    for key, value in plan.model_dump(mode="json").items():
+        lines += [f"# {line}" for line in reasons.get(key, "").splitlines()]
+        lines.append(yaml.safe_dump({key: value}, sort_keys=False, width=110, default_flow_style=None).rstrip())
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def override(plan: Plan, settings: tuple[str, ...]) -> Plan:
+    """Return the plan with ``KEY=VALUE`` settings applied (dots go into sections; values are YAML).
+
+    Raises
+    ------
+    PlanError : a setting without "=", an unknown key (with a suggestion) or a value that does not fit.
+    """
+    if not settings:
+        return plan
+    values = plan.model_dump(mode="json")
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise PlanError(f"--set {setting}: write KEY=VALUE, for example --set batch_size=4")
+        place = values
+        *sections, last = key.strip().split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise PlanError(f"--set {setting}: {section} is a value, not a section")
+        place[last] = yaml.safe_load(text)
+    try:
+        return config.parse(Plan, yaml.safe_dump(values, sort_keys=False), name="--set")
+    except ConfigError as error:
+        raise PlanError(str(error)) from error

@@ -1,0 +1,138 @@
+"""Prepared cases on disk, memory-mapped: a patch is read without loading its case.
+
+One folder a case, named by a digest of everything that the content depends on: source files, spec, the plan's
+preparation. ``meta.json`` is written last: without it the folder counts as absent. A case written by an earlier
+process is verified against its digests when it is first opened; a damaged one is prepared again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.transforms import Transform
+from numpy.typing import NDArray
+
+from medseg.errors import MedsegError
+from medseg.files import digest, file_digest, write_atomically, write_json
+from medseg.planning.plan import Plan
+from medseg.spec import Case, Spec, spec_digest
+
+CACHE_FORMAT = 1
+LOCATIONS_PER_CLASS = 2000
+_FILES = ("image.npy", "mask.npy", "locations.npy")
+
+
+class CaseCache(Transform):
+    """Last step of the deterministic part: writes a prepared case, or opens it.
+
+    Called with prepared data it stores them; called with a Case it opens the stored arrays:
+    {"case", "image": (C, I, J, K) float32, "mask": (1, I, J, K), "locations": (N, 4) class index, i, j, k}, all
+    memory-mapped and read-only.
+    """
+
+    def __init__(self, folder: Path, spec: Spec, plan: Plan) -> None:
+        self.folder = folder
+        self.spec = spec
+        self._recipe = digest([CACHE_FORMAT, spec_digest(spec), plan.preparation])
+        self._open: dict[str, dict[str, Any]] = {}
+
+    def place(self, case: Case) -> Path:
+        """Return the folder of a case."""
+        return self.folder / f"{case.id}-{digest([self._recipe, source_digest(case)])[:16]}"
+
+    def __call__(self, data: Case | Mapping[str, Any]) -> dict[str, Any]:
+        """Store prepared data, or open a case that was stored."""
+        if isinstance(data, Case):
+            return self._open[data.id]
+        self._store(data)
+        return self.open(data["case"])
+
+    def open(self, case: Case) -> dict[str, Any]:
+        """Memory-map a stored case."""
+        place = self.place(case)
+        arrays = {name.removesuffix(".npy"): np.load(place / name, mmap_mode="r") for name in _FILES}
+        self._open[case.id] = {"case": case, **arrays}
+        return self._open[case.id]
+
+    def holds(self, case: Case) -> bool:
+        """Tell whether a case is stored and undamaged (reads it once)."""
+        place = self.place(case)
+        try:
+            meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return all((place / n).exists() and file_digest(place / n) == meta["files"][n] for n in _FILES)
+
+    def _store(self, data: Mapping[str, Any]) -> None:
+        place = self.place(data["case"])
+        shutil.rmtree(place, ignore_errors=True)
+        mask = np.asarray(data["mask"])
+        content = {
+            "image.npy": np.asarray(data["image"], dtype=np.float32),
+            "mask.npy": mask,
+            "locations.npy": class_locations(self.spec, mask[0]),
+        }
+        for name, array in content.items():
+            write_atomically(place / name, _npy_writer(array))
+        write_json(place / "meta.json", {"files": {name: file_digest(place / name) for name in _FILES}})
+
+
+def prepare_cases(
+    path: Callable[..., Any],
+    cache: CaseCache,
+    cases: tuple[Case, ...],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Run the deterministic part `path` (which ends in `cache`) on the cases that the cache does not hold yet.
+
+    Raises
+    ------
+    MedsegError : a case cannot be prepared; the message names it.
+    """
+    for number, case in enumerate(cases):
+        if cache.holds(case):
+            cache.open(case)
+        else:
+            try:
+                path(case)
+            except MedsegError:
+                raise
+            except RuntimeError as error:  # MONAI wraps what a transform raises
+                raise (error.__cause__ if isinstance(error.__cause__, MedsegError) else error) from error
+        progress(number + 1, len(cases))
+
+
+def source_digest(case: Case) -> str:
+    """Return the SHA-256 of the bytes of all files of a case (file names and places do not count)."""
+    files: list[str] = []
+    for path in (*case.images, *([case.mask] if case.mask else [])):
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files.append(digest(sorted(file_digest(p) for p in inside)))
+    return digest(files)
+
+
+def class_locations(spec: Spec, mask: NDArray[Any]) -> NDArray[np.int32]:
+    """Return up to LOCATIONS_PER_CLASS voxels of each label, evenly spread: rows (label number, i, j, k).
+
+    The label number counts the foreground labels of the spec from 0.
+    """
+    rows = [np.zeros((0, 4), np.int32)]
+    for number, value in enumerate(spec.foreground.values()):
+        found = np.argwhere(mask == value)
+        chosen = found[:: max(1, len(found) // LOCATIONS_PER_CLASS)][:LOCATIONS_PER_CLASS]
+        rows.append(np.column_stack([np.full(len(chosen), number), chosen]).astype(np.int32))
+    return np.concatenate(rows)
+
+
+def _npy_writer(array: NDArray[Any]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:
+            np.save(file, array)
+
+    return write

@@ -1,0 +1,66 @@
+"""The path from a case on disk to a patch, in one visible MONAI Compose."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from monai.transforms import Compose, Transform
+
+from medseg.planning.plan import Plan, Triple
+from medseg.preparation.cache import CaseCache
+from medseg.preparation.preprocess import CropToContent, LoadStudy, NormaliseIntensity, Orient, Resample
+from medseg.preparation.sampling import REACH, SamplePatch
+from medseg.spec import Spec
+
+
+def geometry_and_intensity(plan: Plan) -> list[Transform]:
+    """Return the steps that training and prediction share."""
+    return [
+        Orient(plan.orientation),
+        CropToContent(),
+        Resample(plan.spacing),
+        NormaliseIntensity(tuple(plan.normalisation.values())),
+    ]
+
+
+def prediction_path(plan: Plan) -> Compose:
+    """{"image": MetaTensor (C, I, J, K)} -> prepared image and the "steps" that lead back."""
+    return Compose(geometry_and_intensity(plan))
+
+
+def training_path(spec: Spec, plan: Plan, cache: CaseCache) -> Compose:
+    """Case -> region of an image and a mask, ready to be augmented on the training device.
+
+    Everything up to the cache is deterministic and runs once a case; what follows runs for every patch.
+    """
+    return Compose(
+        [
+            LoadStudy(spec),
+            *geometry_and_intensity(plan),
+            cache,
+            SamplePatch(region_size(plan)),
+        ]
+    )
+
+
+def up_to_cache(path: Compose) -> Any:
+    """Return the deterministic part of a training path: Case -> opened arrays."""
+    end = _cache_position(path) + 1
+    return lambda case: path(case, end=end)
+
+
+def after_cache(path: Compose) -> Any:
+    """Return the random part of a training path: opened arrays and "foreground" -> region."""
+    start = _cache_position(path) + 1
+    return lambda data: path(data, start=start)
+
+
+def _cache_position(path: Compose) -> int:
+    return next(i for i, step in enumerate(path.transforms) if isinstance(step, CaseCache))
+
+
+def region_size(plan: Plan) -> Triple:
+    """Return the size of what is read for a patch: larger along the axes that augmentation turns."""
+    i, j, k = (math.ceil(n * REACH) if n > 1 else n for n in plan.patch_size)
+    return i, j, k

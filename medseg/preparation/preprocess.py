@@ -1,0 +1,220 @@
+"""The deterministic part of the preparation: MONAI transforms from a Case to a normalised image, and their inverse.
+
+Each step takes and returns a dictionary with "image" (and "mask" where there is one) as MetaTensors (C, I, J, K),
+so that it composes with MONAI's own; each appends what it did to "steps", from which ``restore`` brings logits back
+to the grid of the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel.orientations as orientations
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import Transform
+from torch import Tensor
+
+from medseg.planning.plan import Normalise, Spacing
+from medseg.spec import Case, Spec
+from medseg.studies import read_study
+from medseg.volume import Volume, orientation_to
+
+Data = dict[str, Any]
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Oriented:
+    """Axes were swapped and flipped by nibabel's orientation array (3, 2)."""
+
+    flips: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """The box [start, stop) was kept of an image of size `shape`."""
+
+    start: Shape
+    stop: Shape
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """An image of size `shape` was brought to another size over the same extent."""
+
+    shape: Shape
+
+
+Step = Oriented | Cropped | Resampled
+
+
+def as_meta_tensor(volume: Volume) -> MetaTensor:
+    """Return a float32 (or integer) MetaTensor of the volume's array and affine."""
+    return MetaTensor(
+        torch.from_numpy(np.ascontiguousarray(volume.array)), affine=torch.from_numpy(volume.affine.copy())
+    )
+
+
+class LoadStudy(Transform):
+    """Case -> {"case", "image" float32, "mask", "steps"}; raises MedsegError that names the case."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, case: Case) -> Data:
+        """Read and check one case."""
+        study = read_study(self.spec, case)
+        data: Data = {"case": case, "image": as_meta_tensor(study.image).float(), "steps": ()}
+        if study.mask is not None:
+            data["mask"] = as_meta_tensor(study.mask)
+        return data
+
+
+class Orient(Transform):
+    """Swap and flip axes so that they point to `axis_codes`; no value is changed."""
+
+    def __init__(self, axis_codes: str) -> None:
+        self.axis_codes = axis_codes
+
+    def __call__(self, data: Mapping[str, Any]) -> Data:
+        """Turn image and mask."""
+        image = data["image"]
+        flips = orientation_to(np.asarray(image.affine), self.axis_codes)
+        step = Oriented(tuple((float(a), float(b)) for a, b in flips))
+        move = orientations.inv_ornt_aff(flips, tuple(image.shape[1:]))
+        return _apply(data, step, lambda x, _: _flip(x, flips), torch.from_numpy(move))
+
+
+class CropToContent(Transform):
+    """Keep the bounding box of the voxels that are not 0 in every channel (skull-stripped, masked images)."""
+
+    def __call__(self, data: Mapping[str, Any]) -> Data:
+        """Crop image and mask to the same box."""
+        image = data["image"]
+        content = (image != 0).any(0).as_tensor()
+        shape = tuple(int(n) for n in content.shape)
+        start, stop = [], []
+        for axis in range(3):
+            others = [a for a in range(3) if a != axis]
+            filled = content.any(dim=others[1]).any(dim=others[0]).nonzero()
+            start.append(int(filled[0]) if len(filled) else 0)
+            stop.append(int(filled[-1]) + 1 if len(filled) else shape[axis])
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        move = torch.eye(4, dtype=torch.float64)
+        move[:3, 3] = torch.tensor(start, dtype=torch.float64)
+        step = Cropped(tuple(start), tuple(stop), shape)  # type: ignore[arg-type]
+        return _apply(data, step, lambda x, _: x[(slice(None), *box)], move)
+
+
+class Resample(Transform):
+    """Bring the spacing as near to `spacing` as whole voxels over the same extent allow.
+
+    Trilinear, as scipy.ndimage.zoom(order=1, grid_mode=True, mode="nearest"); label values by the largest
+    trilinear share, so that thin borders do not zigzag as with nearest neighbour.
+    """
+
+    def __init__(self, spacing: Spacing) -> None:
+        self.spacing = spacing
+
+    def __call__(self, data: Mapping[str, Any]) -> Data:
+        """Resample image and mask."""
+        image = data["image"]
+        shape = tuple(int(n) for n in image.shape[1:])
+        have = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0)
+        size = resampled_size(shape, tuple(have), self.spacing)  # type: ignore[arg-type]
+        scale = np.array(shape) / np.array(size)
+        move = np.diag([*scale, 1.0])
+        move[:3, 3] = (scale - 1) / 2
+        step = Resampled(shape)  # type: ignore[arg-type]
+        return _apply(data, step, lambda x, labels: _resize(x, size, labels), torch.from_numpy(move))
+
+
+class NormaliseIntensity(Transform):
+    """Bring each channel to mean 0 and deviation 1 by its row of the plan."""
+
+    def __init__(self, rows: tuple[Normalise, ...]) -> None:
+        self.rows = rows
+
+    def __call__(self, data: Mapping[str, Any]) -> Data:
+        """Normalise the image; the mask is left alone."""
+        image = data["image"]
+        channels = [_normalised(c.as_tensor(), row) for c, row in zip(image, self.rows, strict=True)]
+        return {**data, "image": MetaTensor(torch.stack(channels), affine=image.affine)}
+
+
+def _normalised(channel: Tensor, row: Normalise) -> Tensor:
+    if row.scheme == "none":
+        return channel
+    if row.scheme == "ct":
+        return (channel.clamp(row.low, row.high) - row.mean) / max(row.deviation, 1e-6)
+    return (channel - channel.mean()) / channel.std(correction=0).clamp(min=1e-6)
+
+
+def _apply(data: Mapping[str, Any], step: Step, change: Any, move: Tensor) -> Data:
+    """Change image and mask alike; `move` (4, 4) maps the new index to the old one."""
+    out: Data = dict(data)
+    for key in ("image", "mask"):
+        if key in data:
+            old = data[key]
+            out[key] = MetaTensor(change(old.as_tensor(), key == "mask"), affine=old.affine @ move)
+    out["steps"] = (*data.get("steps", ()), step)
+    return out
+
+
+def _flip(x: Tensor, flips: Any) -> Tensor:
+    """Apply nibabel's orientation array to the last three axes of a (C, I, J, K) tensor."""
+    order = [0] * 3
+    for axis, (target, _) in enumerate(flips):
+        order[int(target)] = axis + 1
+    reversed_axes = [axis + 1 for axis, (_, direction) in enumerate(flips) if direction < 0]
+    return (x.flip(reversed_axes) if reversed_axes else x).permute(0, *order).contiguous()
+
+
+def resampled_size(shape: Shape, have: Spacing, want: Spacing) -> Shape:
+    """Return the size (at least 1 voxel an axis) whose spacing over the same extent is nearest to `want`."""
+    i, j, k = (max(1, round(n * h / w)) for n, h, w in zip(shape, have, want, strict=True))
+    return i, j, k
+
+
+def _resize(x: Tensor, size: Shape, labels: bool) -> Tensor:
+    if tuple(x.shape[1:]) == size:
+        return x
+    if not labels:
+        return F.interpolate(x[None].float(), size, mode="trilinear")[0]
+    best = torch.zeros((1, *size))
+    result = torch.zeros((1, *size), dtype=x.dtype)
+    for value in torch.unique(x).tolist():
+        share = F.interpolate((x == value)[None].float(), size, mode="trilinear")[0]
+        result[share > best] = value
+        best = torch.maximum(best, share)
+    return result
+
+
+def restore(logits: Tensor, steps: tuple[Step, ...], *, fill: float | Tensor) -> Tensor:
+    """Bring (K, I, J, K') values on the prepared grid back to the grid of the source, undoing `steps` in reverse.
+
+    Voxels outside a crop get `fill`: a number, or one number per channel (K,).
+    """
+    for step in reversed(steps):
+        if isinstance(step, Resampled):
+            logits = _resize(logits, step.shape, labels=False)
+        elif isinstance(step, Cropped):
+            whole = torch.as_tensor(fill, dtype=logits.dtype).reshape(-1, 1, 1, 1)
+            whole = whole.expand(logits.shape[0], *step.shape).clone()
+            whole[(slice(None), *(slice(a, b) for a, b in zip(step.start, step.stop, strict=True)))] = logits
+            logits = whole
+        else:
+            logits = _unflip(logits, step.flips)
+    return logits
+
+
+def _unflip(x: Tensor, flips: tuple[tuple[float, float], ...]) -> Tensor:
+    x = x.permute(0, *(int(target) + 1 for target, _ in flips))
+    reversed_axes = [axis + 1 for axis, (_, direction) in enumerate(flips) if direction < 0]
+    return x.flip(reversed_axes).contiguous() if reversed_axes else x.contiguous()

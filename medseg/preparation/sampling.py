@@ -1,0 +1,100 @@
+"""The random part of the path from case to patch: which piece of which case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Randomizable, Transform
+from numpy.typing import NDArray
+
+from medseg.planning.plan import Triple
+
+REACH = 1.25
+"""The region read for a patch is larger than it by this factor, so that turning it brings no black corners."""
+
+
+class SamplePatch(Randomizable, Transform):
+    """Read a random region around a voxel of an opened case.
+
+    Parameters
+    ----------
+    size : (I, J, K) of the region; what lies outside of the image is 0 in the image and in the mask.
+
+    Given {"image", "mask", "locations", "foreground"} as memory maps, "foreground" True demands a region centred at
+    a voxel of a label (label by label with equal probability, then voxel); False any place. A case without
+    foreground is sampled anywhere. Randomness comes from ``set_random_state``, as with MONAI's own.
+    """
+
+    def __init__(self, size: Triple) -> None:
+        self.size = size
+        self.centre = (0, 0, 0)
+
+    def randomize(self, data: Mapping[str, Any]) -> None:
+        """Draw the centre."""
+        locations = data["locations"]
+        shape = data["image"].shape[1:]
+        if data["foreground"] and len(locations):
+            present = np.unique(locations[:, 0])
+            label = present[self.R.randint(len(present))]
+            rows = np.flatnonzero(locations[:, 0] == label)
+            i, j, k = (int(x) for x in locations[rows[self.R.randint(len(rows))], 1:])
+        else:
+            i, j, k = (int(self.R.randint(n)) for n in shape)
+        self.centre = (i, j, k)
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Draw and read: {"case", "image" (C, *size), "mask" (1, *size)} as tensors."""
+        self.randomize(data)
+        start = patch_start(self.centre, self.size, data["image"].shape[1:])
+        image = MetaTensor(torch.from_numpy(read_region(data["image"], start, self.size)))
+        mask = MetaTensor(torch.from_numpy(read_region(data["mask"], start, self.size)))
+        return {"case": data["case"], "image": image, "mask": mask}
+
+
+def patch_start(centre: Triple, size: Triple, shape: tuple[int, ...]) -> Triple:
+    """Return the first voxel of a region: centred, but moved inside an image that is large enough for it."""
+    start = []
+    for c, n, s in zip(centre, size, shape, strict=True):
+        low, high = min(0, s - n), max(0, s - n)
+        start.append(int(np.clip(c - n // 2, low, high)))
+    return start[0], start[1], start[2]
+
+
+def read_region(array: NDArray[Any], start: Triple, size: Triple) -> NDArray[Any]:
+    """Return a copy of (C, *size) from (C, I, J, K), 0 where the region lies outside."""
+    result = np.zeros((array.shape[0], *size), dtype=array.dtype)
+    inside = [(max(0, s), min(s + n, m)) for s, n, m in zip(start, size, array.shape[1:], strict=True)]
+    source = tuple(slice(a, b) for a, b in inside)
+    target = tuple(slice(a - s, b - s) for (a, b), s in zip(inside, start, strict=True))
+    result[(slice(None), *target)] = array[(slice(None), *source)]
+    return result
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which case a place in a batch gets: position `slot` of step `step`."""
+
+    case_index: int
+    foreground: bool
+    seed: int
+
+
+def draws(*, seed: int, step: int, batch_size: int, cases: int, foreground_share: float) -> list[Draw]:
+    """Return what step `step` (from 0) draws: a pure function, so that resuming needs no state of a generator.
+
+    Cases follow one random permutation after another, so that all are seen equally often; the first
+    ``ceil(foreground_share * batch_size)`` places of a batch are guaranteed to hold foreground.
+    """
+    forced = int(np.ceil(foreground_share * batch_size - 1e-9))
+    rows = []
+    for slot in range(batch_size):
+        position = step * batch_size + slot
+        order = np.random.default_rng((seed, 1, position // cases)).permutation(cases)
+        patch_seed = int(np.random.default_rng((seed, 2, position)).integers(2**31))
+        rows.append(Draw(int(order[position % cases]), slot < forced, patch_seed))
+    return rows

@@ -1,0 +1,58 @@
+"""Between label values of a spec and channels of a network.
+
+Exclusive labels: channel 0 is background, then the labels in the order of the spec (softmax). Regions: one channel
+each (sigmoid), painted over each other in the order of the spec.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medseg.spec import Spec
+
+
+def exclusive(spec: Spec) -> bool:
+    """Tell whether classes exclude each other (softmax) or are overlapping regions (sigmoid)."""
+    return not spec.regions
+
+
+def channel_names(spec: Spec) -> list[str]:
+    """Return what each channel of the logits stands for."""
+    return ["background", *spec.foreground] if exclusive(spec) else list(spec.regions)
+
+
+def encode(spec: Spec, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Map label values (B, 1, *S) to targets (B, K, *S) float32 and valid (B, 1, *S) bool."""
+    valid = torch.ones_like(mask, dtype=torch.bool) if spec.ignore is None else mask != spec.ignore
+    values = spec.foreground
+    if exclusive(spec):
+        channels = [mask == value for value in values.values()]
+        background = ~torch.stack(channels).any(0) & valid
+        channels = [background, *channels]
+    else:
+        channels = [
+            torch.stack([mask == values[name] for name in region.labels]).any(0) for region in spec.regions.values()
+        ]
+    return torch.cat(channels, dim=1).float(), valid
+
+
+def decode(spec: Spec, logits: Tensor) -> Tensor:
+    """Map logits (K, *S) to label values (1, *S), uint8 where they fit, else int32."""
+    dtype = torch.uint8 if max(spec.foreground.values()) < 256 else torch.int32
+    if exclusive(spec):
+        table = torch.tensor([0, *spec.foreground.values()], dtype=dtype, device=logits.device)
+        return table[logits.argmax(0, keepdim=True)]
+    mask = torch.zeros((1, *logits.shape[1:]), dtype=dtype, device=logits.device)
+    for channel, region in zip(logits, spec.regions.values(), strict=True):
+        mask[0][channel > 0] = spec.foreground[region.paint]
+    return mask
+
+
+def background_logits(spec: Spec) -> Tensor:
+    """Return logits (K,) that decode to background, for voxels that no network has seen."""
+    count = len(channel_names(spec))
+    logits = torch.full((count,), -20.0)
+    if exclusive(spec):
+        logits[0] = 20.0
+    return logits
