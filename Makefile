@@ -54,7 +54,7 @@ endif
 
 clean: ## remove .venv, caches and built docs (never data or runs)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache docs/_build build medseg.egg-info
-	find medseg pipelines tests scripts benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard medseg pipelines tests scripts benchmarks docs) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: each stands for an installed set, and is older than its inputs when it must be installed again.
 $(BIN)/.run: $(INPUTS) | $(BIN)/pip
