@@ -112,33 +112,35 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def looks_like_dicom(path: Path) -> bool:
-    """Tell by the first bytes: "DICM" after the preamble, or a bare data set that starts with group 2 or 8."""
-    with open(path, "rb") as handle:
-        head = handle.read(132)
-    bare = head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132 and head[3] == 0
-    return head[128:132] == b"DICM" or bare
-
-
 def read_header(path: Path) -> Header | None:
     """Read one file's header.
+
+    A file is DICOM when "DICM" stands after the preamble, or when it starts with group 2 or 8 as a bare data set does
+    and turns out to belong to a series.
 
     Returns
     -------
     Header or None
-        None when the file is DICOM but no image or object of a series (a DICOMDIR, or a chance likeness).
+        None when the file is not DICOM. `series_uid` is empty for objects outside any series (DICOMDIR).
 
     Raises
     ------
-    PARSE_ERRORS : the file is damaged; call inside `quiet`.
+    PARSE_ERRORS : it is DICOM but damaged; call inside `quiet`.
     """
-    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
-    if not dataset.get("SeriesInstanceUID") or not dataset.get("SOPClassUID"):
+    with open(path, "rb") as handle:
+        head = handle.read(132)
+    marked = head[128:] == b"DICM"
+    if not marked and not (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132 and head[3] == 0):
         return None
-    return header_of(dataset, path)
+    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+    sop_class = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+    belongs = bool(dataset.get("SeriesInstanceUID")) and bool(sop_class)
+    if marked and not belongs and (not sop_class or "Image Storage" in UID(sop_class).name):
+        raise EOFError("the header ends before it says which series the image belongs to")
+    return header_of(dataset, path, sop_class) if marked or belongs else None
 
 
-def header_of(dataset: Dataset, path: Path) -> Header:
+def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
     """Take the plain values out of a data set."""
     damaged: list[str] = []
 
@@ -161,7 +163,7 @@ def header_of(dataset: Dataset, path: Path) -> Header:
 
     return Header(
         path=path,
-        sop_class=_text(dataset, "SOPClassUID"),
+        sop_class=sop_class,
         sop_uid=_text(dataset, "SOPInstanceUID") or str(path),  # without one, no file is another's duplicate
         series_uid=_text(dataset, "SeriesInstanceUID"),
         study_uid=_text(dataset, "StudyInstanceUID"),

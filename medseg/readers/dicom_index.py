@@ -16,7 +16,7 @@ from pydicom import uid
 
 from medseg.errors import MedsegError, ReadError
 from medseg.readers.dicom_geometry import repeats, same_orientation, same_spacing, series_grid
-from medseg.readers.dicom_header import PARSE_ERRORS, TELLING, Header, looks_like_dicom, quiet, read_header
+from medseg.readers.dicom_header import PARSE_ERRORS, TELLING, Header, quiet, read_header
 from medseg.readers.dicom_refusals import Refusal, reason, refuse
 
 CLASSIC = (uid.CTImageStorage, uid.MRImageStorage, uid.PositronEmissionTomographyImageStorage)
@@ -110,7 +110,7 @@ def scan(paths: Path | Iterable[Path]) -> Found:
     with quiet():
         for path in _files([paths] if isinstance(paths, Path) else paths):
             try:
-                header = read_header(path) if looks_like_dicom(path) else None
+                header = read_header(path)
             except PARSE_ERRORS:
                 unreadable += 1
                 continue
@@ -228,28 +228,40 @@ def _series(headers: Sequence[Header], part: str) -> SeriesFiles:
 
 
 def check_headers(headers: Sequence[Header]) -> None:
-    """Refuse a series that its headers show to be no volume.
+    """Refuse a series that its headers show to be no volume; a file that is there twice counts once.
 
     Raises
     ------
     ReadError, GeometryError : with the code.
     """
-    first = headers[0]
-    if any("LOCALIZER" in header.image_type for header in headers):
-        raise refuse("LOCALIZER", f"{len(headers)} localizer images")
-    if any(header.samples != 1 for header in headers):
-        raise refuse("COLOUR", f"{first.samples} samples per pixel")
-    if first.sop_class in MULTIFRAME or any(header.frames != 1 for header in headers):
-        raise refuse("ENHANCED_MULTIFRAME", f"{first.class_name} with {first.frames} frames")
-    if first.sop_class not in CLASSIC:
-        raise refuse("UNSUPPORTED_CLASS", f"{first.class_name} is not read as a volume")
-    if any("MOSAIC" in header.image_type for header in headers):
-        raise refuse("MOSAIC", "each image is a mosaic of many slices")
+    _check_kind(headers)
     for header in headers:
         if header.damaged:
             raise refuse("UNREADABLE", f"{header.damaged} of instance {header.instance} has no valid value")
         if header.rows < 1 or header.columns < 1:
             raise refuse("TRUNCATED", f"instance {header.instance} declares no size: its header ends early")
-    if any(header.modality_lut for header in headers):
-        raise refuse("MODALITY_LUT", "values go through a lookup table")
-    series_grid(list({header.sop_uid: header for header in headers}.values()))
+    first_of: dict[str, Header] = {}
+    for header in headers:
+        other = first_of.setdefault(header.sop_uid, header)
+        if (header.position, header.orientation) != (other.position, other.orientation):
+            raise refuse("DUPLICATE_POSITION", f"instance {header.instance} is there twice, at different places")
+    series_grid(list(first_of.values()))
+
+
+def _check_kind(headers: Sequence[Header]) -> None:
+    """Refuse what is not a stack of plain grey images of CT, MR or PET."""
+    first = headers[0]
+    facts = {
+        "LOCALIZER": (any("LOCALIZER" in header.image_type for header in headers), "planning images"),
+        "COLOUR": (any(header.samples != 1 for header in headers), f"{first.samples} samples per pixel"),
+        "ENHANCED_MULTIFRAME": (
+            first.sop_class in MULTIFRAME or any(header.frames != 1 for header in headers),
+            f"{first.class_name} with {first.frames} frames",
+        ),
+        "UNSUPPORTED_CLASS": (first.sop_class not in CLASSIC, f"{first.class_name} is not read as a volume"),
+        "MOSAIC": (any("MOSAIC" in header.image_type for header in headers), "each image holds many slices"),
+        "MODALITY_LUT": (any(header.modality_lut for header in headers), "values go through a lookup table"),
+    }
+    for code, (found, text) in facts.items():
+        if found:
+            raise refuse(code, text)

@@ -11,10 +11,17 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from medseg.readers.dicom_header import PARSE_ERRORS, Header
 from medseg.readers.dicom_refusals import refuse
+
+BARE_SYNTAX: dict[tuple[bool | None, bool | None], UID] = {
+    (True, True): ImplicitVRLittleEndian,
+    (False, True): ExplicitVRLittleEndian,
+    (False, False): ExplicitVRBigEndian,
+}
+"""Transfer syntax of a file without file meta information, by what pydicom found: (implicit VR, little endian)."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,11 @@ def stored_values(dataset: Dataset, header: Header) -> NDArray[Any]:
     ------
     ReadError : TRUNCATED, LENGTH_MISMATCH or NO_DECODER; PARSE_ERRORS: what pydicom finds damaged.
     """
-    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", "") or dataset.original_encoding_syntax)
     if "PixelData" not in dataset:
-        raise EOFError
+        raise EOFError("the file ends before its pixels")
+    if not dataset.file_meta.get("TransferSyntaxUID"):
+        dataset.file_meta.TransferSyntaxUID = BARE_SYNTAX[dataset.original_encoding]
+    syntax = UID(dataset.file_meta.TransferSyntaxUID)
     if not syntax.is_encapsulated:
         _check_length(len(dataset.PixelData), header)
         return _own_bits(pixel_array(dataset, raw=True), dataset)

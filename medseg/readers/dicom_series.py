@@ -109,16 +109,11 @@ def _each_once(headers: Sequence[Header]) -> tuple[list[Header], list[Header]]:
 
 
 def _check_duplicates(duplicates: Sequence[Header], headers: Sequence[Header]) -> None:
-    """Refuse a second file of an instance that differs from the first in place or pixels."""
+    """Refuse a second file of an instance with other pixels than the first; their places agree."""
     first = {header.sop_uid: header for header in headers}
     for header in duplicates:
-        other = first[header.sop_uid]
-        same = (header.position, header.orientation) == (other.position, other.orientation)
-        if not same or not np.array_equal(read_pixels(header).values, read_pixels(other).values):
-            raise refuse(
-                "DUPLICATE_POSITION",
-                f"two files claim to be the same instance ({header.instance}) but differ in place or pixels",
-            )
+        if not np.array_equal(read_pixels(header).values, read_pixels(first[header.sop_uid]).values):
+            raise refuse("DUPLICATE_POSITION", f"instance {header.instance} is there twice, with different pixels")
 
 
 def _stack(headers: Sequence[Header]) -> tuple[NDArray[np.float32], bool]:
