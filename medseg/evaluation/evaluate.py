@@ -1,0 +1,289 @@
+"""Score a folder of predicted masks against a dataset or a folder of reference masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medseg import config
+from medseg.errors import ConfigError, GeometryError, ReadError, SpecError
+from medseg.evaluation.metrics import METRICS, Measurement, Pair, measure, measure_failed
+from medseg.evaluation.table import Evaluation, Row, Target, make_evaluation, write_evaluation
+from medseg.plots import colours_for
+from medseg.readers import read_image
+from medseg.readers.nifti import is_nifti, stem
+from medseg.spec import Case, Dataset, Spec, load_dataset, make_case, spec_digest
+from medseg.studies import read_study
+from medseg.volume import Volume, align_to
+
+PROVENANCE = "predictions.json"
+"""File beside the predictions that says what made them."""
+_PROVENANCE_KEYS = ("model_hash", "plan_hash", "spec_hash", "software", "tta", "folds")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What predictions are scored against.
+
+    Attributes
+    ----------
+    spec : of the dataset; None for a folder of masks without one.
+    cases : those to be scored, each with a mask.
+    targets : labels and regions.
+    provenance : name and digest of the dataset and which part of it this is.
+    """
+
+    spec: Spec | None
+    cases: tuple[Case, ...]
+    targets: tuple[Target, ...]
+    provenance: Mapping[str, str]
+
+    def read(self, case: Case) -> Volume:
+        """Return the reference mask (1, I, J, K), integer label values, on the grid of the case's image."""
+        if self.spec is not None and case.images:
+            mask = read_study(self.spec, case).mask
+        else:
+            mask = None if case.mask is None else read_label_map(case.mask, case.id)
+        if mask is None:
+            raise ReadError(f"case {case.id}: it has no reference mask", code="LABEL_MISSING")
+        return mask
+
+
+def evaluate(
+    predictions: Path,
+    reference: Path,
+    *,
+    out: Path,
+    spec: Spec | Path | None = None,
+    splits: Path | None = None,
+    split: Literal["test", "train", "all"] | None = None,
+) -> Evaluation:
+    """Score ``predictions/<case id>.nii.gz`` and write OUT/cases.csv, OUT/summary.csv and OUT/summary.json.
+
+    Parameters
+    ----------
+    predictions : folder of label maps (.nii.gz or .nii) named by case id.
+    reference : a dataset (see medseg.spec.load_dataset), or a folder of masks named by case id.
+    spec : labels, regions and ignore label for a folder of masks; without it the labels are the values that occur.
+    splits : file with lists `train` and `test` that replaces the dataset's own.
+    split : which cases; unless told the test cases if the dataset has any, else all. A folder of masks has no split.
+
+    A case without a readable prediction stays in the table as failed: Dice 0 is imputed for each label that its
+    reference holds. A reference that cannot be read is an error, because nothing can be said without it.
+
+    Raises
+    ------
+    ConfigError : NO_PREDICTIONS (not one reference case has a prediction), NO_REFERENCE.
+    SpecError, ReadError : the reference is wrong; PREDICTION_VALUES, LABEL_NOT_INTEGER: a prediction is no label map
+        of this dataset.
+    GeometryError : PREDICTION_GRID, a prediction does not lie on its reference's grid (in any axis order).
+    """
+    chosen = load_reference(reference, predictions, spec=spec, splits=splits, split=split)
+    paths = {case.id: find_prediction(predictions, case.id) for case in chosen.cases}
+    if not any(paths.values()):
+        example = chosen.cases[0].id
+        raise ConfigError(
+            f"{predictions}: none of the {len(paths)} reference cases has a prediction here; a prediction is named by "
+            f"its case id, for example {example}.nii.gz",
+            code="NO_PREDICTIONS",
+        )
+    rows = [row for case in chosen.cases for row in _score_case(chosen, case, paths[case.id])]
+    provenance = {**chosen.provenance, **_provenance(predictions), "medseg": version("medseg")}
+    evaluation = make_evaluation(chosen.targets, rows, provenance)
+    write_evaluation(evaluation, out)
+    return evaluation
+
+
+def load_reference(
+    reference: Path,
+    predictions: Path,
+    *,
+    spec: Spec | Path | None = None,
+    splits: Path | None = None,
+    split: Literal["test", "train", "all"] | None = None,
+) -> Reference:
+    """Find the cases to be scored and what is scored in them; parameters and errors as for `evaluate`."""
+    if reference.is_dir() and not any((reference / name).exists() for name in ("dataset.yaml", "dataset.json")):
+        return _mask_folder(reference, predictions, spec)
+    dataset = load_dataset(reference, splits=splits)
+    part = split or ("test" if dataset.select("test") else "all")
+    cases = dataset.cases if part == "all" else dataset.select(part)
+    return _reference(dataset, cases, part)
+
+
+def _reference(dataset: Dataset, cases: Sequence[Case], part: str) -> Reference:
+    labelled = tuple(case for case in cases if case.mask is not None)
+    if not labelled:
+        raise ConfigError(
+            f"dataset {dataset.spec.name}: none of its {len(cases)} {part} cases has a mask to compare with; "
+            "choose another split or add the masks",
+            code="NO_REFERENCE",
+        )
+    provenance = {
+        "dataset": dataset.spec.name,
+        "dataset_spec_hash": spec_digest(dataset.spec),
+        "split": part,
+        "cases_without_reference": str(len(cases) - len(labelled)),
+    }
+    return Reference(dataset.spec, labelled, targets_of(dataset.spec), provenance)
+
+
+def _mask_folder(folder: Path, predictions: Path, spec: Spec | Path | None) -> Reference:
+    masks = sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
+    if not masks:
+        raise ConfigError(
+            f"{folder}: this is neither a dataset nor a folder of .nii or .nii.gz masks", code="NO_REFERENCE"
+        )
+    if isinstance(spec, Path):
+        spec = config.load(Spec, spec, error=SpecError)
+    if spec is not None:
+        named = [replace(make_case(spec, stem(path), (path,), path), images=()) for path in masks]
+        return Reference(spec, tuple(named), targets_of(spec), {"dataset": spec.name, "split": "all"})
+    cases = tuple(Case(stem(path), (), path, patient=stem(path)) for path in masks)
+    values = _values_found({stem(path): path for path in masks}, predictions)
+    colours = colours_for(values)
+    targets = tuple(Target(f"label_{value}", (value,), colours[value]) for value in values)
+    return Reference(None, cases, targets, {"dataset": "folder of masks", "split": "all"})
+
+
+def _values_found(masks: Mapping[str, Path], predictions: Path) -> list[int]:
+    """Return the label values of all masks and predictions: one that only a prediction holds is a false alarm."""
+    found: set[int] = set()
+    for case_id, path in masks.items():
+        found.update(np.unique(read_label_map(path, case_id).array).tolist())
+        predicted = _read_prediction(find_prediction(predictions, case_id), case_id)
+        if isinstance(predicted, Volume):
+            found.update(np.unique(predicted.array).tolist())
+    if not found - {0}:
+        raise ConfigError("the masks hold no label, only 0; nothing can be scored", code="NO_REFERENCE")
+    return sorted(found - {0})
+
+
+def targets_of(spec: Spec) -> tuple[Target, ...]:
+    """Return the labels of a spec, then its regions (one named like a label is called "NAME (region)")."""
+    colours = colours_for(spec.foreground.values(), {row.value: row.color for row in spec.labels.values()})
+    labels = [Target(name, (value,), colours[value]) for name, value in spec.foreground.items()]
+    regions = [
+        Target(
+            f"{name} (region)" if name in spec.foreground else name,
+            tuple(spec.foreground[label] for label in region.labels),
+            colours[spec.foreground[region.paint]],
+            region=True,
+        )
+        for name, region in spec.regions.items()
+    ]
+    return (*labels, *regions)
+
+
+def find_prediction(predictions: Path, case_id: str) -> Path | None:
+    """Return the label map of a case in a folder of predictions, None where there is none."""
+    candidates = (predictions / f"{case_id}{suffix}" for suffix in (".nii.gz", ".nii"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_label_map(path: Path, case_id: str) -> Volume:
+    """Read a mask as (1, I, J, K) int32.
+
+    Raises
+    ------
+    ReadError, GeometryError : it cannot be read, or has several channels (NOT_3D).
+    SpecError : LABEL_NOT_INTEGER.
+    """
+    volume = read_image(path)
+    if volume.array.shape[0] != 1:
+        raise ReadError(f"case {case_id}: the mask has {volume.array.shape[0]} channels, not one", code="NOT_3D")
+    array = volume.array.astype(np.int32)
+    if not np.array_equal(array, volume.array):
+        example = float(volume.array[array != volume.array][0])
+        raise SpecError(
+            f"case {case_id}: {path.name} holds {example:g}; label values are whole numbers (are these probabilities?)",
+            code="LABEL_NOT_INTEGER",
+        )
+    return volume.with_array(array)
+
+
+def _read_prediction(path: Path | None, case_id: str) -> Volume | str:
+    """Return the predicted label map, or the reason code why there is none."""
+    if path is None:
+        return "PREDICTION_MISSING"
+    try:
+        return read_label_map(path, case_id)
+    except (ReadError, GeometryError) as error:
+        return error.code
+
+
+def align_prediction(prediction: Volume, reference: Volume, case_id: str) -> Volume:
+    """Return the prediction in the reference's axis order; raise GeometryError(PREDICTION_GRID) on another grid."""
+    aligned = align_to(prediction, reference)
+    if aligned is None:
+        raise GeometryError(
+            f"case {case_id}: the prediction has a grid of {_grid(prediction)}, the reference one of "
+            f"{_grid(reference)}; a prediction must lie on the grid of its image (is it another case's?)",
+            code="PREDICTION_GRID",
+        )
+    return aligned
+
+
+def _grid(volume: Volume) -> str:
+    size = "×".join(str(n) for n in volume.shape)
+    spacing = "×".join(f"{s:.4g}" for s in volume.spacing)
+    corner = ", ".join(f"{x:.4g}" for x in volume.affine[:3, 3])
+    return f"{size} voxels of {spacing} {volume.unit} from ({corner}), axes {volume.axis_codes}"
+
+
+def _score_case(reference: Reference, case: Case, path: Path | None) -> Iterator[Row]:
+    """Yield the rows of one case, target by target."""
+    truth = reference.read(case)
+    predicted = _read_prediction(path, case.id)
+    if isinstance(predicted, Volume):
+        predicted = align_prediction(predicted, truth, case.id)
+        _check_values(reference.spec, predicted, case.id)
+    ignore = None if reference.spec is None else reference.spec.ignore
+    counted = np.True_ if ignore is None else truth.array[0] != ignore
+    in_mm = truth.unit == "mm" if reference.spec is None else reference.spec.unit == "mm"
+    voxel = truth.voxel_volume / 1000 if in_mm else 1.0
+    for target in reference.targets:
+        present = np.isin(truth.array[0], target.values)
+        if isinstance(predicted, Volume):
+            pair = Pair(np.isin(predicted.array[0], target.values) & counted, present, voxel)
+            found = {name: measure(metric, pair) for name, metric in METRICS.items()}
+        else:
+            found = {name: measure_failed(metric, present, voxel, predicted) for name, metric in METRICS.items()}
+        for name, measurement in found.items():
+            unit = METRICS[name].unit
+            yield _table_row(case, target, name, unit if in_mm or unit != "mL" else "voxels", measurement)
+
+
+def _table_row(case: Case, target: Target, metric: str, unit: str, found: Measurement) -> Row:
+    return Row(case.id, case.patient, target.name, metric, unit, found.value, found.status, found.reason)
+
+
+def _check_values(spec: Spec | None, prediction: Volume, case_id: str) -> None:
+    """Refuse a prediction with values that the dataset does not have: another model's, or another dataset's."""
+    if spec is None:
+        return
+    allowed = {0, *spec.foreground.values()}
+    if foreign := sorted(set(np.unique(prediction.array).tolist()) - allowed):
+        raise SpecError(
+            f"case {case_id}: the prediction holds the value(s) {', '.join(map(str, foreign[:5]))}; the spec "
+            f"{spec.name} allows {', '.join(map(str, sorted(allowed)))}",
+            code="PREDICTION_VALUES",
+        )
+
+
+def _provenance(predictions: Path) -> dict[str, str]:
+    """Return what predictions.json says about the model; only known keys, because others might identify."""
+    path = predictions / PROVENANCE
+    if not path.exists():
+        return {}
+    try:
+        told: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: this is not valid JSON ({error}); predict again", code="BAD_PROVENANCE") from error
+    return {key: str(told[key]) for key in _PROVENANCE_KEYS if isinstance(told, dict) and key in told}
