@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -41,7 +42,9 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | N
             code="DISK_FULL" if error.errno in (28, 122) else "NOT_WRITABLE",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # What hinders this removal has hindered the writing too, and that is what must be told.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, mode: int | None = None) -> None:

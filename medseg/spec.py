@@ -263,7 +263,7 @@ def _expand(root: str, file: Path) -> Path:
 
 def find_cases(spec: Spec, root: Path) -> tuple[Case, ...]:
     """Return the cases whose first channel exists below `root`, ordered by path; other files may still be missing."""
-    tokens = [channel.file or name for name, channel in spec.channels.items()]
+    tokens = [name if channel.file is None else channel.file for name, channel in spec.channels.items()]
     per_channel = "{channel}" in spec.images
     patterns = [spec.images.replace("{channel}", token) for token in tokens] if per_channel else [spec.images]
     expression = re.compile("(.+?)".join(re.escape(part) for part in patterns[0].split("{case}")))

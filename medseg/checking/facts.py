@@ -179,7 +179,7 @@ def without_names(text: str, spec: Spec, case: Case) -> str:
         text = text.replace(str(path), path.name)
     if any(case.id in path.as_posix() for path in paths):
         return text
-    tokens = {channel.file or name for name, channel in spec.channels.items()}
+    tokens = {*spec.channels, *(channel.file for channel in spec.channels.values())}
     said = tokens.union(PurePosixPath(spec.images).parts, PurePosixPath(spec.masks).parts)
     depth = max(len(PurePosixPath(pattern).parts) for pattern in (spec.images, spec.masks))
     parts = {part for path in paths for part in path.parts[-depth:]} - said

@@ -50,8 +50,8 @@ CODES: dict[str, Kind] = {
     "OUTLIER_SPACING": Kind("warning", "Look whether the header is right and the case belongs to this dataset."),
     "OUTLIER_SIZE": Kind("warning", "Look whether the case shows the same part of the body as the others."),
     "OUTLIER_INTENSITY": Kind("warning", "Look whether it is the same sequence, unit and export as the others."),
-    "MIXED_SPACING": Kind("note", "The planner resamples all to one spacing; `spacing` in the spec overrides it."),
-    "MIXED_SIZE": Kind("note", "Look whether two kinds of examination are mixed."),
+    "SEVERAL_SPACINGS": Kind("note", "The planner resamples all to one spacing; `spacing` in the spec overrides it."),
+    "SEVERAL_SIZES": Kind("note", "Look whether two kinds of examination are mixed."),
     "MIXED_INTENSITY_RANGE": Kind(
         "warning", "Look whether all images are the same sequence and unit; zscore can cope."
     ),

@@ -22,7 +22,7 @@ Z = 5.0
 MINIMUM = 8
 """With fewer cases nothing is called usual."""
 RARE = 0.1
-"""Where more than this share of the cases would be outliers, they are a second kind of data: said once (MIXED_...)."""
+"""Where more than this share of the cases would be outliers, they are a second kind of data: said once."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def geometry_outliers(cases: Sequence[CaseFacts], spec: Spec) -> list[Finding]:
     spacings = [_spacing(axis, spec.unit) for axis in range(3)]
     extents = [_extent(axis, spec.unit) for axis in range(3)]
     return [
-        *outliers(cases, spacings, "OUTLIER_SPACING", "MIXED_SPACING"),
-        *outliers(cases, extents, "OUTLIER_SIZE", "MIXED_SIZE"),
+        *outliers(cases, spacings, "OUTLIER_SPACING", "SEVERAL_SPACINGS"),
+        *outliers(cases, extents, "OUTLIER_SIZE", "SEVERAL_SIZES"),
     ]
 
 

@@ -128,7 +128,7 @@ def _label(name: str, cases: Sequence[CaseFacts], training: int) -> list[Finding
     having = [case for case in cases if (case.volumes or {})[name] > 0]
     learnt = sum(case.split == "train" for case in having)
     if learnt == 0:
-        return [finding("LABEL_NEVER_SEEN", f"no training case has {name}", value=name)]
+        return [finding("LABEL_NEVER_SEEN", f"no training case that can be read has {name}", value=name)]
     if learnt < FEW and learnt < training / 2:
         return [finding("LABEL_RARE", f"{learnt} of {training} training cases have {name}", value=name)]
     lacking = [case for case in cases if case not in having]
