@@ -53,7 +53,7 @@ class Modality:
 
 
 MODALITIES: dict[str, Modality] = {
-    "CT": Modality(CTImageStorage, np.int16, (1.0, -1024.0), {"KVP": "120", "AcquisitionNumber": "1"}),
+    "CT": Modality(CTImageStorage, np.int16, (1.0, -1024.0), {"KVP": "120", "AcquisitionNumber": "1", "PatientPosition": "HFS"}),
     "MR": Modality(
         MRImageStorage,
         np.uint16,
@@ -67,6 +67,7 @@ MODALITIES: dict[str, Modality] = {
             "EchoTime": "10",
             "EchoTrainLength": "1",
             "AcquisitionNumber": "1",
+            "PatientPosition": "HFS",
         },
     ),
     "PT": Modality(
@@ -76,6 +77,7 @@ MODALITIES: dict[str, Modality] = {
         {
             "Units": "BQML",
             "DecayCorrection": "START",
+            "DecayFactor": "1",
             "CountsSource": "EMISSION",
             "SeriesType": ["STATIC", "IMAGE"],
             "CorrectedImage": ["DECY", "ATTN"],
@@ -84,6 +86,10 @@ MODALITIES: dict[str, Modality] = {
             "FrameReferenceTime": "0",
             "AcquisitionDate": "20000101",
             "AcquisitionTime": "120000",
+            # type 2: present, empty when unknown; the orientation excludes PatientPosition
+            "RadiopharmaceuticalInformationSequence": [],
+            "PatientOrientationCodeSequence": [],
+            "PatientGantryRelationshipCodeSequence": [],
         },
     ),
 }
@@ -186,7 +192,6 @@ def _image_plane(volume: Volume) -> dict[str, Any]:
         "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL" if abs(np.cross(columns, rows)[2]) > 0.9 else "OTHER"],
         "SeriesDate": "20000101",
         "SeriesTime": "120000",
-        "PatientPosition": "HFS",
         "ImageOrientationPatient": [_ds(value) for value in (*columns, *rows)],
         # DICOM's order is distance between rows (along J), then between columns (along I)
         "PixelSpacing": [_ds(volume.spacing[1]), _ds(volume.spacing[0])],
