@@ -53,7 +53,12 @@ class Modality:
 
 
 MODALITIES: dict[str, Modality] = {
-    "CT": Modality(CTImageStorage, np.int16, (1.0, -1024.0), {"KVP": "120", "AcquisitionNumber": "1", "PatientPosition": "HFS"}),
+    "CT": Modality(
+        CTImageStorage,
+        np.int16,
+        (1.0, -1024.0),
+        {"KVP": "120", "AcquisitionNumber": "1", "PatientPosition": "HFS"},
+    ),
     "MR": Modality(
         MRImageStorage,
         np.uint16,
