@@ -67,8 +67,10 @@ def summary(result: CheckResult) -> str:
 def terminal(result: CheckResult) -> RenderableType:
     """Return the findings as a rich table (one row per code) with the answer below."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("severity", "code", "cases", "what was found, and what to do"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "code")
+    table.add_column("severity", no_wrap=True)
+    table.add_column("code", no_wrap=True)
+    table.add_column("cases", overflow="fold", max_width=24)
+    table.add_column("what was found, and what to do", overflow="fold")
     for group in grouped(result.findings):
         cases = group.cases
         shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
@@ -105,8 +107,9 @@ def page_html(result: CheckResult, pictures: Mapping[str, Sequence[Slice]]) -> s
 
 
 def _worth_showing(result: CheckResult) -> list[CaseFacts]:
-    """Order the cases by their worst finding, those without any last."""
-    worst = {f.case: SEVERITIES.index(f.severity) for f in reversed(result.findings)}
+    """Order the cases by their worst finding, those without any last; a duplicate brings the case that it repeats."""
+    worst = {f.value: SEVERITIES.index(f.severity) for f in reversed(result.findings) if f.code == "DUPLICATE_IMAGE"}
+    worst |= {f.case: SEVERITIES.index(f.severity) for f in reversed(result.findings)}
     return sorted(result.cases, key=lambda case: worst.get(case.id, len(SEVERITIES)))
 
 
