@@ -7,7 +7,20 @@ random ids, no global figure state. Planes are shown as a radiologist reads them
 from __future__ import annotations
 
 from medseg.plots.curves import curves_png
+from medseg.plots.distributions import Series, agreement_svg, bland_altman_svg, differences_svg, strip_svg
 from medseg.plots.slices import overlay_png, slice_rgb, three_planes_png
 from medseg.plots.style import Colours, colours_for
 
-__all__ = ["Colours", "colours_for", "curves_png", "overlay_png", "slice_rgb", "three_planes_png"]
+__all__ = [
+    "Colours",
+    "Series",
+    "agreement_svg",
+    "bland_altman_svg",
+    "colours_for",
+    "curves_png",
+    "differences_svg",
+    "overlay_png",
+    "slice_rgb",
+    "strip_svg",
+    "three_planes_png",
+]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from medseg.plots.style import Array, Colours, png, styled
@@ -183,5 +184,6 @@ def _letters(axes: Axes, letters: str) -> None:
         (middle, low, "center", "bottom"),
     )
     style: dict[str, Any] = {"color": "#ffd54f", "fontsize": 8, "fontweight": "bold"}
+    style["path_effects"] = [withStroke(linewidth=1.6, foreground="black")]
     for letter, (x, y, across, along) in zip(letters, places, strict=True):
         axes.text(x, y, letter, transform=axes.transAxes, ha=across, va=along, **style)
