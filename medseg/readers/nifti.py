@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,8 +32,11 @@ from medseg.volume import Affine, Volume
 
 MAX_BYTES = 16 * 2**30
 """Largest voxel array that is read (16 GiB): beyond it a header is more likely damaged than true."""
-_MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}
+"""By NIfTI's code of the unit of space: metres and micrometres; 2 is mm, 0 unknown."""
 _CHUNK = 1 << 24
+_SILENT = logging.getLogger("medseg.readers.nifti.header")
+_SILENT.disabled = True
 
 
 def is_nifti(path: Path) -> bool:
@@ -90,7 +94,9 @@ def _read_header(path: Path, stream: BinaryIO) -> Nifti1Header:
     kind = Nifti2Header if wide else Nifti1Header
     block = start + (stream.read(192) if wide else b"")
     try:
-        header = kind.from_fileobj(io.BytesIO(block + b"\0" * 4), check=True)
+        header = kind.from_fileobj(io.BytesIO(block + b"\0" * 4), check=False)
+        # Raises where a field makes no sense; harmless repairs (a wrong sizeof_hdr) are not worth a line on stderr.
+        header.check_fix(logger=_SILENT)
         shape = header.get_data_shape()
         header.get_data_dtype()
     except Exception as error:
@@ -115,14 +121,15 @@ def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: 
             f"more than the {max_bytes / 2**30:.1f} GiB that are read; the header is damaged or the file a trap",
             code="OVERSIZED",
         )
-    skip = int(header["vox_offset"]) - header.template_dtype.itemsize
-    if skip < 0 or len(stream.read(skip)) < skip:
+    offset, size = float(header["vox_offset"]), header.template_dtype.itemsize
+    if not offset.is_integer() or offset < size:
+        raise ReadError(f"{path.name}: the header says that the voxels begin at byte {offset:g}", code="CORRUPT")
+    skip = int(offset) - size
+    while skip and (piece := stream.read(min(_CHUNK, skip))):
+        skip -= len(piece)
+    if skip:
         raise ReadError(f"{path.name}: the file ends before its voxels begin", code="TRUNCATED")
-    if isinstance(stream, gzip.GzipFile):
-        found, raw = _inflate(stream, promised)
-    else:
-        raw = stream.read(promised)
-        found = len(raw) + len(stream.read(1))
+    found, raw = _read_pieces(stream, promised)
     if found < promised:
         raise ReadError(
             f"{path.name}: {found} bytes of voxels, the header promises {promised}; copy the file again",
@@ -137,7 +144,7 @@ def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: 
     return raw
 
 
-def _inflate(stream: gzip.GzipFile, promised: int) -> tuple[int, bytes]:
+def _read_pieces(stream: BinaryIO, promised: int) -> tuple[int, bytes]:
     """Read at most one byte more than `promised`, in pieces: a lying header cannot make us allocate.
 
     Reading past the last byte makes gzip compare its CRC and length.
@@ -158,19 +165,26 @@ def _scaled(path: Path, header: Nifti1Header, raw: bytes) -> NDArray[Any]:
             code="UNSUPPORTED_TYPE",
         )
     stored = np.frombuffer(raw, dtype).reshape(header.get_data_shape(), order="F")
-    slope, inter = header.get_slope_inter()
+    try:
+        slope, inter = header.get_slope_inter()
+    except nibabel.spatialimages.HeaderDataError as error:
+        raise ReadError(f"{path.name}: the scale factor in the header is damaged ({error})", code="CORRUPT") from error
     array = _channels_first(path, stored)
     scaled = slope is not None and (slope, inter or 0.0) != (1.0, 0.0)
-    if scaled:
-        array = array.astype(np.float64) * slope + (inter or 0.0)
+    # What overflows becomes infinite, and is counted below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if scaled:
+            array = array.astype(np.float64) * slope + (inter or 0.0)
+        if array.dtype.kind == "f":
+            array = array.astype(np.float32)
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise ReadError(
-                f"{path.name}: {bad} of {array.size} voxels are NaN or infinite; replace them where the image is made",
+                f"{path.name}: {bad} of {array.size} voxels are NaN, infinite or above 3.4e38; replace them "
+                "where the image is made",
                 code="NON_FINITE",
             )
-        array = array.astype(np.float32)
     return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
 
 
@@ -200,17 +214,16 @@ def _affine(path: Path, header: Nifti1Header) -> Affine:
             "set one (for example with nibabel's set_qform) where the image is made",
             code="NO_ORIENTATION",
         )
-    scale = np.diag([_MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)] * 3 + [1.0])
+    scale = np.array([[_MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)]] * 3 + [[1.0]])
     try:
-        sform = scale @ np.asarray(header.get_sform(), np.float64) if use_s else None
-        qform = scale @ np.asarray(header.get_qform(), np.float64) if use_q else None
+        sform = scale * np.asarray(header.get_sform(), np.float64) if use_s else None
+        qform = scale * np.asarray(header.get_qform(), np.float64) if use_q else None
     except (ValueError, HeaderDataError) as error:
         raise GeometryError(f"{path.name}: the qform is not a rotation ({error})", code="BAD_AFFINE") from error
     chosen = sform if sform is not None else qform
     if chosen is None or not np.isfinite(chosen).all() or abs(np.linalg.det(chosen[:3, :3])) < 1e-12:
         raise GeometryError(
-            f"{path.name}: its affine {_rounded(chosen)} is not finite or "
-            "not invertible",
+            f"{path.name}: its affine {_rounded(chosen)} is not finite or not invertible",
             code="BAD_AFFINE",
         )
     if sform is not None and qform is not None and not _agree(sform, qform):
