@@ -85,6 +85,11 @@ def evaluate(
     GeometryError : PREDICTION_GRID, a prediction does not lie on its reference's grid (in any axis order).
     """
     chosen = load_reference(reference, predictions, spec=spec, splits=splits, split=split)
+    return evaluate_against(chosen, predictions, out=out)
+
+
+def evaluate_against(chosen: Reference, predictions: Path, *, out: Path) -> Evaluation:
+    """Score predictions against a reference that is known already; writes and raises as `evaluate` does."""
     paths = {case.id: find_prediction(predictions, case.id) for case in chosen.cases}
     if not any(paths.values()):
         example = chosen.cases[0].id
@@ -114,10 +119,11 @@ def load_reference(
     dataset = load_dataset(reference, splits=splits)
     part = split or ("test" if dataset.select("test") else "all")
     cases = dataset.cases if part == "all" else dataset.select(part)
-    return _reference(dataset, cases, part)
+    return dataset_reference(dataset, cases, part)
 
 
-def _reference(dataset: Dataset, cases: Sequence[Case], part: str) -> Reference:
+def dataset_reference(dataset: Dataset, cases: Sequence[Case], part: str) -> Reference:
+    """Return the reference that the masks of `cases` are; raise ConfigError(NO_REFERENCE) where none has one."""
     labelled = tuple(case for case in cases if case.mask is not None)
     if not labelled:
         raise ConfigError(

@@ -84,31 +84,29 @@ def report(
     """
     evaluation = load_evaluation(evaluation_dir)
     other = None if against is None else load_evaluation(against)
+    comparison = None if other is None else compare(evaluation, other)
     lines = case_lines(evaluation)
-    shown = lines[:WORST]
-    typical = lines[len(lines) // 2 : len(lines) // 2 + 1]
-    labels = [target for target in evaluation.targets if not target.region]
+    typical = [] if picture is None else lines[len(lines) // 2 : len(lines) // 2 + 1]
     page = render(
         "report.html",
         title=title,
         evaluation=evaluation,
         table_hash=file_digest(evaluation_dir / "cases.csv"),
         n_patients=len({row.patient for row in evaluation.rows}),
-        labels=labels,
+        labels=[target for target in evaluation.targets if not target.region],
         colours={target.name: target.color for target in evaluation.targets},
         mean_label=MEAN,
         dice_rows=_summary(evaluation, "dice"),
         distribution=_strip(evaluation),
         detections=[_detection(evaluation, target) for target in evaluation.targets],
         agreements=[a for target in evaluation.targets if (a := _agreement(evaluation, target)) is not None],
-        worst=[_with_picture(line, picture) for line in shown],
-        typical=[_with_picture(line, picture) for line in typical if picture is not None],
+        worst=[_with_picture(line, picture) for line in lines[:WORST]],
+        typical=[_with_picture(line, picture) for line in typical],
         lines=sorted(lines, key=lambda line: line.case),
-        comparison=None if other is None else compare(evaluation, other),
-        differences=None if other is None else _differences(compare(evaluation, other), evaluation),
+        comparison=comparison,
+        differences=None if comparison is None else _differences(comparison, evaluation),
         against=other,
         metrics=[METRICS[name] for name in dict.fromkeys(row.metric for row in evaluation.rows)],
-        limits_note=(WORST, len(lines)),
     )
     path = out / REPORT
     write_text(path, page)

@@ -12,7 +12,7 @@ import pytest
 
 from medseg.errors import ConfigError, ExportError, GeometryError, MedsegError, SpecError
 from medseg.evaluation.evaluate import evaluate
-from medseg.evaluation.table import MEAN, Evaluation, load_evaluation
+from medseg.evaluation.table import MEAN, Evaluation, SummaryRow, load_evaluation
 from medseg.spec import Spec
 
 from .conftest import AFFINE, World, bar, save
@@ -22,7 +22,7 @@ def run(world: World, **options: object) -> Evaluation:
     return evaluate(world.predictions, world.root, out=world.out, **options)  # type: ignore[arg-type]
 
 
-def summary(evaluation: Evaluation, metric: str, label: str):  # noqa: ANN201
+def summary(evaluation: Evaluation, metric: str, label: str) -> SummaryRow:
     return next(row for row in evaluation.summary if (row.metric, row.label) == (metric, label))
 
 
@@ -253,7 +253,7 @@ def test_nothing_is_left_when_the_disk_is_full(three: World, monkeypatch: pytest
 
 
 def test_real_masks_score_as_simpleitk_says(data: Path, tmp_path: Path) -> None:
-    import SimpleITK as sitk
+    import SimpleITK
 
     masks = sorted((data / "hippocampus" / "labelsTr").glob("*.nii.gz"))[:3]
     for path in masks:
@@ -263,9 +263,11 @@ def test_real_masks_score_as_simpleitk_says(data: Path, tmp_path: Path) -> None:
         save(tmp_path / "masks" / path.name, np.asanyarray(image.dataobj), image.affine)
     evaluation = evaluate(tmp_path / "predictions", tmp_path / "masks", out=tmp_path / "out")
     for path in masks:
-        overlap = sitk.LabelOverlapMeasuresImageFilter()
+        overlap = SimpleITK.LabelOverlapMeasuresImageFilter()
         folders = (tmp_path / "masks", tmp_path / "predictions")
-        overlap.Execute(*(sitk.Cast(sitk.ReadImage(folder / path.name), sitk.sitkUInt8) for folder in folders))
+        overlap.Execute(
+            *(SimpleITK.Cast(SimpleITK.ReadImage(folder / path.name), SimpleITK.sitkUInt8) for folder in folders)
+        )
         for value in (1, 2):
             ours = evaluation.values("dice", f"label_{value}")[path.name[:-7]]
             assert ours == pytest.approx(overlap.GetDiceCoefficient(value), abs=1e-12)

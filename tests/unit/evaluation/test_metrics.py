@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 
 from medseg.errors import ConfigError
 from medseg.evaluation.metrics import METRICS, Measurement, Metric, Pair, measure, measure_failed
@@ -34,8 +34,8 @@ def test_dice_agrees_with_simpleitk_and_monai(rng: np.random.Generator) -> None:
     for share in (0.02, 0.3, 0.9):
         predicted, present = rng.random((2, 9, 8, 7)) < share
         ours = METRICS["dice"].function(Pair(predicted, present, 1.0))
-        overlap = sitk.LabelOverlapMeasuresImageFilter()
-        overlap.Execute(*(sitk.GetImageFromArray(mask.astype(np.uint8)) for mask in (present, predicted)))
+        overlap = SimpleITK.LabelOverlapMeasuresImageFilter()
+        overlap.Execute(*(SimpleITK.GetImageFromArray(mask.astype(np.uint8)) for mask in (present, predicted)))
         assert ours == pytest.approx(overlap.GetDiceCoefficient(), abs=1e-12)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
