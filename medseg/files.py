@@ -28,6 +28,9 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | N
     temporary = path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if mode is not None:
+            # Before the first byte: what is private must not be readable while it is written.
+            temporary.touch(mode=mode, exist_ok=False)
         write(temporary)
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())

@@ -13,8 +13,8 @@ import secrets
 from functools import cache
 from pathlib import Path
 
-from medseg.errors import ConfigError
-from medseg.files import write_text
+from medseg.errors import ConfigError, MedsegError
+from medseg.files import canonical_json, write_text
 
 
 def key_file() -> Path:
@@ -27,9 +27,15 @@ def key_file() -> Path:
 
 @cache
 def _key(path: Path) -> bytes:
-    if not path.exists():
-        write_text(path, secrets.token_hex(32) + "\n", mode=0o600)
-    text = path.read_text(encoding="ascii").strip()
+    try:
+        if not path.exists():
+            _make_key(path)
+        text = path.read_text(encoding="ascii").strip()
+    except (MedsegError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: the key that hides patients' names cannot be made or read ({error}); "
+            "set MEDSEG_KEY_FILE to a file that you may write"
+        ) from error
     if len(text) < 32:
         raise ConfigError(
             f"{path}: the key has {len(text)} characters, at least 32 are needed; delete it for a new one"
@@ -37,7 +43,21 @@ def _key(path: Path) -> bytes:
     return text.encode("ascii")
 
 
+def _make_key(path: Path) -> None:
+    """Write a new key unless another process does so at the same moment: then the first one counts for both."""
+    candidate = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    write_text(candidate, secrets.token_hex(32) + "\n", mode=0o600)
+    try:
+        # Unlike a rename, a link never replaces what is there.
+        os.link(candidate, path)
+    except FileExistsError:
+        pass
+    finally:
+        candidate.unlink()
+
+
 def keyed_id(kind: str, *identifiers: str) -> str:
     """Return ``<kind>-<12 hex digits>``, the same for the same identifiers and key."""
-    message = "\0".join(identifiers).encode("utf-8")
+    # JSON keeps the parts apart whatever they hold, and takes text that is no valid Unicode.
+    message = canonical_json(identifiers)
     return f"{kind}-{hmac.new(_key(key_file()), message, hashlib.sha256).hexdigest()[:12]}"
