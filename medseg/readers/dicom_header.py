@@ -14,7 +14,7 @@ from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID
 
 PARSE_ERRORS = (
@@ -29,6 +29,7 @@ PARSE_ERRORS = (
     ValueError,
     struct.error,
     zlib.error,
+    BytesLengthException,
     InvalidDicomError,
 )
 """What pydicom raises on damaged files; everything else is a fault of ours and must be seen."""
@@ -54,6 +55,7 @@ TELLING = (
 KEYWORDS = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "FrameOfReferenceUID"),
     *("Modality", "Manufacturer", "Units", "ImageType", "InstanceNumber", "ModalityLUTSequence"),
+    *("RescaleSlope", "RescaleIntercept"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"),
 )
@@ -69,6 +71,7 @@ class Header:
     orientation : direction cosines of a row and a column, LPS, six numbers; None when absent or not six.
     position : centre of the first pixel, mm in LPS; None when absent.
     spacing : distance between rows, then between columns, in mm; None when absent.
+    rescale : slope and intercept; None when both are absent.
     telling : attributes that may tell repeated images of one place apart, as text.
     damaged : the attribute whose value is no number, else "".
     """
@@ -93,6 +96,7 @@ class Header:
     spacing: tuple[float, ...] | None
     imager_spacing: bool
     modality_lut: bool
+    rescale: tuple[float, float] | None
     frame_of_reference: str = field(repr=False)
     telling: dict[str, str] = field(repr=False)
     damaged: str = ""
@@ -100,8 +104,16 @@ class Header:
     @property
     def class_name(self) -> str:
         """The standard's name of the kind of object, "private" when it has none."""
-        name = UID(self.sop_class).name
-        return "private" if name == self.sop_class else name
+        return known_class(self.sop_class) or "private"
+
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+
+
+def known_class(sop_class: str) -> str:
+    """Return the standard's name of a storage class, "" when it has none (private or damaged)."""
+    name = str(UID(sop_class, validation_mode=pydicom.config.IGNORE).name)
+    return "" if name == sop_class else name
 
 
 @contextmanager
@@ -116,7 +128,7 @@ def read_header(path: Path) -> Header | None:
     """Read one file's header.
 
     A file is DICOM when "DICM" stands after the preamble, or when it starts with group 2 or 8 as a bare data set does
-    and turns out to belong to a series.
+    and turns out to belong to a series. One that is called .dcm and is neither is damaged: a slice may be lost.
 
     Returns
     -------
@@ -130,14 +142,32 @@ def read_header(path: Path) -> Header | None:
     with open(path, "rb") as handle:
         head = handle.read(132)
     marked = head[128:] == b"DICM"
-    if not marked and not (head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132 and head[3] == 0):
+    bare = head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132 and head[3] == 0
+    if path.suffix.lower() in DICOM_SUFFIXES and not marked and not bare:
+        raise InvalidDicomError("it is called DICOM and holds something else")
+    if not marked and not bare:
         return None
     dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
-    sop_class = str(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+    sop_class = _class_of(dataset)
     belongs = bool(dataset.get("SeriesInstanceUID")) and bool(sop_class)
-    if marked and not belongs and (not sop_class or "Image Storage" in UID(sop_class).name):
+    if marked and not belongs and "Image Storage" in (known_class(sop_class) or "Image Storage"):
         raise EOFError("the header ends before it says which series the image belongs to")
     return header_of(dataset, path, sop_class) if marked or belongs else None
+
+
+def _class_of(dataset: Dataset) -> str:
+    """Return the storage class, which stands in the file meta information and in the data set.
+
+    Raises
+    ------
+    ValueError : both name a class of the standard, but not the same.
+    """
+    stated = (dataset.get("SOPClassUID"), dataset.file_meta.get("MediaStorageSOPClassUID"))
+    classes = [str(value) for value in stated if value]
+    known = {value for value in classes if known_class(value)}
+    if len(known) > 1:
+        raise ValueError("the file meta information and the data set name different classes")
+    return known.pop() if known else "".join(classes[:1])
 
 
 def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
@@ -161,6 +191,14 @@ def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
         value = numbers(keyword, 1)
         return default if value is None else int(value[0])
 
+    def rescale() -> tuple[float, float] | None:
+        slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 1)
+        if slope is not None and intercept is not None:
+            return slope[0], intercept[0]
+        if slope is not None or intercept is not None:
+            damaged.append("RescaleSlope without RescaleIntercept (or the other way round)")
+        return None
+
     return Header(
         path=path,
         sop_class=sop_class,
@@ -182,6 +220,7 @@ def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
         spacing=numbers("PixelSpacing", 2),
         imager_spacing="ImagerPixelSpacing" in dataset,
         modality_lut="ModalityLUTSequence" in dataset,
+        rescale=rescale(),
         frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
         telling={word: _text(dataset, word) for word in TELLING if word in dataset},
         damaged=", ".join(damaged),

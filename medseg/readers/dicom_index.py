@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +65,13 @@ class Found:
     series : readable and refused ones, localizers included (refused), in the order found.
     ignored : kinds of DICOM object without an image grid of their own -> how many ("Segmentation Storage": 2).
     not_dicom : number of files that are no DICOM.
-    unreadable : number of damaged DICOM files; a series beside them may lack slices.
+    damaged : DICOM files that cannot be parsed; series in the same folder are refused, for they may lack slices.
     """
 
     series: tuple[SeriesFiles, ...]
     ignored: dict[str, int]
     not_dicom: int
-    unreadable: int
+    damaged: tuple[Path, ...]
 
     def describe(self) -> str:
         """Return one line for a message, without names or identifiers."""
@@ -80,7 +80,7 @@ class Found:
         parts = [f"{good} readable series"]
         parts += [f"{count} refused ({code})" for code, count in sorted(refused.items())]
         parts += [f"{count} {name}" for name, count in sorted(self.ignored.items())]
-        parts += [f"{self.unreadable} damaged files"] * bool(self.unreadable)
+        parts += [f"{len(self.damaged)} damaged files"] * bool(self.damaged)
         parts += [f"{self.not_dicom} files that are not DICOM"] * bool(self.not_dicom)
         return ", ".join(parts)
 
@@ -104,24 +104,41 @@ def scan(paths: Path | Iterable[Path]) -> Found:
     ------
     ReadError : NOT_FOUND, a path does not exist.
     """
-    ignored: Counter[str] = Counter()
     groups: dict[str, list[Header]] = {}
-    not_dicom = unreadable = 0
+    damaged: list[Path] = []
+    not_dicom = 0
     with quiet():
         for path in _files([paths] if isinstance(paths, Path) else paths):
             try:
                 header = read_header(path)
             except PARSE_ERRORS:
-                unreadable += 1
+                damaged.append(path)
                 continue
             if header is None:
                 not_dicom += 1
-            elif _is_image(header):
-                groups.setdefault(header.series_uid, []).append(header)
             else:
-                ignored[header.class_name] += 1
-    series = tuple(part for headers in groups.values() for part in _parts(headers))
-    return Found(series, dict(ignored), not_dicom, unreadable)
+                groups.setdefault(header.series_uid, []).append(header)
+    ignored: Counter[str] = Counter()
+    series: list[SeriesFiles] = []
+    for headers in groups.values():
+        images = [header for header in headers if _is_image(header)]
+        others = [header for header in headers if not _is_image(header)]
+        series += _parts(images) if images else []
+        if images:  # a series holds one kind of object: what claims to be another is a damaged image
+            damaged += [header.path for header in others]
+        else:
+            ignored.update(header.class_name for header in others)
+    folders = Counter(path.parent for path in damaged)
+    return Found(tuple(_doubt(entry, folders) for entry in series), dict(ignored), not_dicom, tuple(damaged))
+
+
+def _doubt(series: SeriesFiles, damaged: Counter[Path]) -> SeriesFiles:
+    """Refuse a series when damaged files lie beside its files: its last slice may be one of them."""
+    count = sum(damaged[folder] for folder in {path.parent for path in series.files})
+    if not count or series.refusal is not None:
+        return series
+    text = f"{count} damaged DICOM files lie beside its {len(series.files)} slices, which may be incomplete"
+    return replace(series, refusal=Refusal("UNREADABLE", text))
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -144,6 +161,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _is_image(header: Header) -> bool:
     """Tell images from objects that refer to images (SEG, RTSTRUCT, SR, presentation states, raw data)."""
     private = header.class_name == "private" and header.rows > 0
+    if not header.series_uid:
+        return False
     return header.sop_class in CLASSIC + MULTIFRAME or "Image Storage" in header.class_name or private
 
 
@@ -240,6 +259,11 @@ def check_headers(headers: Sequence[Header]) -> None:
             raise refuse("UNREADABLE", f"{header.damaged} of instance {header.instance} has no valid value")
         if header.rows < 1 or header.columns < 1:
             raise refuse("TRUNCATED", f"instance {header.instance} declares no size: its header ends early")
+    scales = {header.rescale for header in headers}
+    if None in scales and len(scales) > 1:
+        raise refuse("BAD_RESCALE", "some slices have slope and intercept, some have not")
+    if any(scale is not None and scale[0] == 0 for scale in scales):
+        raise refuse("BAD_RESCALE", "a slope is zero")
     first_of: dict[str, Header] = {}
     for header in headers:
         other = first_of.setdefault(header.sop_uid, header)

@@ -43,18 +43,18 @@ def read_pixels(header: Header) -> Pixels:
 
     Raises
     ------
-    ReadError : TRUNCATED, LENGTH_MISMATCH, NO_DECODER, BAD_RESCALE or UNREADABLE.
+    ReadError : TRUNCATED, LENGTH_MISMATCH, NO_DECODER or UNREADABLE.
     """
     try:
         dataset = pydicom.dcmread(header.path, force=True)
         stored = stored_values(dataset, header)
-        slope, intercept = _rescale(dataset, header)
         padding = _padding(dataset, stored)
     except EOFError as error:
         raise refuse("TRUNCATED", f"instance {header.instance} ends inside its pixels") from error
     except PARSE_ERRORS as error:
         kind = "too deeply nested" if isinstance(error, RecursionError) else f"{type(error).__name__} while decoding"
         raise refuse("UNREADABLE", f"the pixels of instance {header.instance} cannot be read ({kind})") from error
+    slope, intercept = header.rescale or (1.0, 0.0)
     values = stored.astype(np.float64) * slope + intercept
     return Pixels(values.T, None if padding is None else padding.T)
 
@@ -108,17 +108,6 @@ def _own_bits(array: NDArray[Any], dataset: Dataset) -> NDArray[Any]:
     if dataset.PixelRepresentation == 1:
         raw -= (raw >> (used - 1)) << used
     return raw
-
-
-def _rescale(dataset: Dataset, header: Header) -> tuple[float, float]:
-    """Return slope and intercept of this slice (1 and 0 when absent)."""
-    slope, intercept = (
-        float(default if dataset.get(word) is None else dataset.get(word))
-        for word, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
-    )
-    if not (np.isfinite(slope) and np.isfinite(intercept)) or slope == 0:
-        raise refuse("BAD_RESCALE", f"slope {slope} and intercept {intercept} of instance {header.instance}")
-    return slope, intercept
 
 
 def _padding(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_] | None:

@@ -37,7 +37,8 @@ def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int =
     Volume
         array (1, I, J, K) float32: I along a row (column index), J down the rows, K along cross(row, column); values
         in HU for CT, the stored unit for MR and PET. affine exact from position, directions and spacing, RAS+ mm.
-        notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, NO_FRAME_OF_REFERENCE, PADDING_MASKED.
+        notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, NO_FRAME_OF_REFERENCE, NO_RESCALE and RESCALE_VARIES
+        (CT), PADDING_MASKED.
         meta: Modality, Manufacturer, Units when present; no free text.
 
     Raises
@@ -67,13 +68,16 @@ def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int =
     notes += ["DERIVED"] * ("DERIVED" in headers[0].image_type)
     notes += ["DUPLICATES_DROPPED"] * bool(duplicates)
     notes += ["NO_FRAME_OF_REFERENCE"] * (not headers[0].frame_of_reference)
+    if headers[0].modality == "CT":
+        notes += ["NO_RESCALE"] * (headers[0].rescale is None)
+        notes += ["RESCALE_VARIES"] * (len({header.rescale for header in headers}) > 1)
     notes += ["PADDING_MASKED"] * masked
     return Volume(array, grid.affine, notes=tuple(sorted(notes)), meta=dict(headers[0].meta))
 
 
 def _only(found: Found) -> SeriesFiles:
     """Return the one series that was found, localizers aside, or refuse."""
-    if found.unreadable:
+    if found.damaged:
         raise refuse("UNREADABLE", f"{found.describe()}: slices may be missing")
     series = [entry for entry in found.series if entry.refusal is None or entry.refusal.code != "LOCALIZER"]
     if len(series) == 1 or (not series and len(found.series) == 1):

@@ -204,6 +204,23 @@ def unsigned(paths: list[Path]) -> None:
         edit(path, change)
 
 
+def no_rescale(paths: list[Path]) -> None:
+    def change(dataset: Dataset) -> None:
+        dataset.PixelData = (np.frombuffer(dataset.PixelData, np.int16) - 1024).tobytes()
+        del dataset.RescaleSlope, dataset.RescaleIntercept
+
+    for path in paths:
+        edit(path, change)
+
+
+def another_rescale(paths: list[Path]) -> None:
+    def change(dataset: Dataset) -> None:
+        dataset.PixelData = (2 * np.frombuffer(dataset.PixelData, np.int16) - 2000).astype(np.int16).tobytes()
+        dataset.RescaleSlope, dataset.RescaleIntercept = 0.5, -24
+
+    edit(paths[2], change)
+
+
 def misleading_tags(paths: list[Path]) -> None:
     for number, path in enumerate(paths):
         edit(path, put("SliceThickness", 7))
@@ -239,6 +256,8 @@ READS: dict[str, tuple[Callable[[list[Path]], object], tuple[str, ...]]] = {
         lambda paths: [edit(path, drop("FrameOfReferenceUID")) for path in paths],
         ("NO_FRAME_OF_REFERENCE",),
     ),
+    "CT without rescale": (no_rescale, ("NO_RESCALE",)),
+    "another rescale on one slice": (another_rescale, ("RESCALE_VARIES",)),
     "derived": (
         lambda paths: [edit(path, put("ImageType", ["DERIVED", "SECONDARY"])) for path in paths],
         ("DERIVED",),
@@ -481,13 +500,20 @@ REFUSED: dict[str, tuple[str, Callable[[list[Path]], object]]] = {
     "mosaic": ("MOSAIC", each(put("ImageType", ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]))),
     "secondary capture": ("UNSUPPORTED_CLASS", partial(object_of, sop_class=SecondaryCaptureImageStorage)),
     "no images": ("NOT_AN_IMAGE", partial(object_of, sop_class=EncapsulatedPDFStorage)),
-    "no DICOM": ("NO_SERIES", lambda paths: [path.write_text("text") for path in paths]),
+    "no DICOM": (
+        "NO_SERIES",
+        lambda paths: [path.rename(path.with_suffix(".txt")).write_text("text") for path in paths],
+    ),
+    "text called .dcm beside": ("UNREADABLE", lambda paths: paths[0].with_name("x.dcm").write_text("text")),
+    "last slice empty": ("UNREADABLE", lambda paths: paths[-1].write_bytes(b"")),
+    "another class in the same series": ("UNREADABLE", lambda paths: object_of(paths[:1], EncapsulatedPDFStorage)),
     "empty folder": ("NO_SERIES", lambda paths: [path.unlink() for path in paths]),
     "two series": (
         "MULTIPLE_SERIES",
         lambda paths: [edit(path, put("SeriesInstanceUID", "1.2.3")) for path in paths[4:]],
     ),
     "lookup table": ("MODALITY_LUT", each(lookup)),
+    "one slice without rescale": ("BAD_RESCALE", one(drop("RescaleSlope", "RescaleIntercept"))),
     "slope zero": ("BAD_RESCALE", one(put("RescaleSlope", 0))),
     "no decoder": ("NO_DECODER", unknown_syntax),
     "nested sequences": ("UNREADABLE", nested),
@@ -548,13 +574,18 @@ def test_all_different_orientations_stay_one_refused_series(series: list[Path]) 
 
 def test_scan_walks_a_study_and_counts_the_rest(series: list[Path], tmp_path: Path) -> None:
     write_series(phantom(seed=1), tmp_path / "deep" / "er", modality="CT", seed=1)
-    object_of([Path(shutil.copy(series[0], tmp_path / "pdf"))], EncapsulatedPDFStorage)
+    pdf = Path(shutil.copy(series[0], tmp_path / "pdf"))
+    object_of([pdf], EncapsulatedPDFStorage)
+    edit(pdf, put("SeriesInstanceUID", "1.2.3"))
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty").touch()
     (tmp_path / "damaged").write_bytes(bytes(128) + b"DICM" + b"\xff" * 40)
     found = scan(tmp_path)
     assert [len(entry.files) for entry in found.series] == [8, 8]
-    assert (found.ignored, found.not_dicom, found.unreadable) == ({"Encapsulated PDF Storage": 1}, 2, 1)
+    assert (found.ignored, found.not_dicom, len(found.damaged)) == ({"Encapsulated PDF Storage": 1}, 2, 1)
+    assert [entry.refusal for entry in found.series] == [None, None]
+    shutil.copy(tmp_path / "damaged", series[0].parent)
+    assert parts(tmp_path) == [(8, "", ""), (8, "", "UNREADABLE")]
     assert len(scan([tmp_path / "deep", tmp_path / "series", *series]).series) == 2
 
 
@@ -581,6 +612,27 @@ def test_the_budget_is_checked_before_anything_is_read(series: list[Path]) -> No
     with pytest.raises(ReadError) as caught:
         read_series(series, max_bytes=needed - 1)
     assert caught.value.code == "OVERSIZED"
+
+
+def test_mutated_files_are_never_read_wrong(series: list[Path], rng: np.random.Generator) -> None:
+    """Cut, changed and inserted bytes in the header of one slice (not in its pixels): truth, refusal or a note."""
+    codes = set()
+    for _ in range(120):
+        path = series[rng.integers(len(series))]
+        whole = path.read_bytes()
+        at = int(rng.integers(132, len(whole) - 2 * SHAPE[0] * SHAPE[1] - 24))
+        junk = rng.bytes(int(rng.integers(1, 12)))
+        cut, changed, inserted = whole[:at], whole[:at] + junk + whole[at + len(junk) :], whole[:at] + junk + whole[at:]
+        path.write_bytes((cut, changed, inserted)[rng.integers(3)])
+        try:
+            volume = read_series(series[0].parent)
+        except MedsegError as error:
+            codes.add(error.code)
+        else:
+            if "RESCALE_VARIES" not in volume.notes:
+                assert_same(volume, phantom(), mm=0.06)
+        path.write_bytes(whole)
+    assert len(codes) > 3
 
 
 # ---- real data ------------------------------------------------------------------------------------------------------
