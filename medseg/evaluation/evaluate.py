@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,17 @@ from medseg.volume import Volume, align_to
 
 PROVENANCE = "predictions.json"
 """File beside the predictions that says what made them."""
-_PROVENANCE_KEYS = ("model_hash", "plan_hash", "spec_hash", "software", "tta", "folds")
+LEDGER = "ledger"
+"""Folder beside the predictions that says how each study went (medseg.batch.ledger)."""
+_PROVENANCE_KEYS = {
+    "model_hash": "model_hash",
+    "plan_hash": "plan_hash",
+    "dataset_hash": "training_dataset_hash",
+    "software": "predicted_by",
+    "tta": "mirroring",
+    "folds": "folds",
+}
+"""Key there -> key in the evaluation; others are not taken over, because they might identify."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Reference:
             mask = None if case.mask is None else read_label_map(case.mask, case.id)
         if mask is None:
             raise ReadError(f"case {case.id}: it has no reference mask", code="LABEL_MISSING")
+        if self.spec is not None:
+            _require_values(mask, self.spec, case.id, "reference mask", self.spec.values, "LABEL_VALUES")
         return mask
 
 
@@ -74,8 +86,9 @@ def evaluate(
     splits : file with lists `train` and `test` that replaces the dataset's own.
     split : which cases; unless told the test cases if the dataset has any, else all. A folder of masks has no split.
 
-    A case without a readable prediction stays in the table as failed: Dice 0 is imputed for each label that its
-    reference holds. A reference that cannot be read is an error, because nothing can be said without it.
+    A case without a readable prediction, or one that the ledger of `medseg predict` calls refused or failed, stays in
+    the table as failed: Dice 0 is imputed for each label that its reference holds. A reference that cannot be read is
+    an error, because nothing can be said without it.
 
     Raises
     ------
@@ -98,7 +111,11 @@ def evaluate_against(chosen: Reference, predictions: Path, *, out: Path) -> Eval
             f"its case id, for example {example}.nii.gz",
             code="NO_PREDICTIONS",
         )
-    rows = [row for case in chosen.cases for row in _score_case(chosen, case, paths[case.id])]
+    rows: list[Row] = []
+    for case in chosen.cases:
+        refusal = _refusal(predictions, case.id)
+        predicted = refusal or _read_prediction(paths[case.id], case.id)
+        rows += _score_case(chosen, case, predicted)
     provenance = {**chosen.provenance, **_provenance(predictions), "medseg": version("medseg")}
     evaluation = make_evaluation(chosen.targets, rows, provenance)
     write_evaluation(evaluation, out)
@@ -214,6 +231,24 @@ def read_label_map(path: Path, case_id: str) -> Volume:
     return volume.with_array(array)
 
 
+def _refusal(predictions: Path, case_id: str) -> str | None:
+    """Return why `medseg predict` could not segment a case, None where it did or where there is no ledger.
+
+    A mask beside such an entry is left from an earlier run and is not this model's.
+    """
+    path = predictions / LEDGER / f"{case_id}.json"
+    if not path.exists():
+        return None
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        state, code = str(entry["state"]), str(entry["code"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: this ledger entry is damaged ({error}); predict the case again", code="BAD_LEDGER"
+        ) from error
+    return None if state == "done" else code or "PREDICTION_MISSING"
+
+
 def _read_prediction(path: Path | None, case_id: str) -> Volume | str:
     """Return the predicted label map, or the reason code why there is none."""
     if path is None:
@@ -243,13 +278,14 @@ def _grid(volume: Volume) -> str:
     return f"{size} voxels of {spacing} {volume.unit} from ({corner}), axes {volume.axis_codes}"
 
 
-def _score_case(reference: Reference, case: Case, path: Path | None) -> Iterator[Row]:
-    """Yield the rows of one case, target by target."""
+def _score_case(reference: Reference, case: Case, predicted: Volume | str) -> Iterator[Row]:
+    """Yield the rows of one case, target by target; `predicted` is a reason code where there is no prediction."""
     truth = reference.read(case)
-    predicted = _read_prediction(path, case.id)
     if isinstance(predicted, Volume):
         predicted = align_prediction(predicted, truth, case.id)
-        _check_values(reference.spec, predicted, case.id)
+        if reference.spec is not None:
+            allowed = reference.spec.values - {reference.spec.ignore}
+            _require_values(predicted, reference.spec, case.id, "prediction", allowed, "PREDICTION_VALUES")
     ignore = None if reference.spec is None else reference.spec.ignore
     counted = np.True_ if ignore is None else truth.array[0] != ignore
     in_mm = truth.unit == "mm" if reference.spec is None else reference.spec.unit == "mm"
@@ -270,21 +306,18 @@ def _table_row(case: Case, target: Target, metric: str, unit: str, found: Measur
     return Row(case.id, case.patient, target.name, metric, unit, found.value, found.status, found.reason)
 
 
-def _check_values(spec: Spec | None, prediction: Volume, case_id: str) -> None:
-    """Refuse a prediction with values that the dataset does not have: another model's, or another dataset's."""
-    if spec is None:
-        return
-    allowed = {0, *spec.foreground.values()}
-    if foreign := sorted(set(np.unique(prediction.array).tolist()) - allowed):
+def _require_values(mask: Volume, spec: Spec, case_id: str, what: str, allowed: Set[int], code: str) -> None:
+    """Refuse a mask with values that the dataset does not have: another model's, or another dataset's."""
+    if foreign := sorted(set(np.unique(mask.array).tolist()) - allowed):
         raise SpecError(
-            f"case {case_id}: the prediction holds the value(s) {', '.join(map(str, foreign[:5]))}; the spec "
-            f"{spec.name} allows {', '.join(map(str, sorted(allowed)))}",
-            code="PREDICTION_VALUES",
+            f"case {case_id}: the {what} holds the value(s) {', '.join(map(str, foreign[:5]))}; the spec {spec.name} "
+            f"allows {', '.join(map(str, sorted(allowed)))}",
+            code=code,
         )
 
 
 def _provenance(predictions: Path) -> dict[str, str]:
-    """Return what predictions.json says about the model; only known keys, because others might identify."""
+    """Return what predictions.json says about the model."""
     path = predictions / PROVENANCE
     if not path.exists():
         return {}
@@ -292,4 +325,4 @@ def _provenance(predictions: Path) -> dict[str, str]:
         told: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: this is not valid JSON ({error}); predict again", code="BAD_PROVENANCE") from error
-    return {key: str(told[key]) for key in _PROVENANCE_KEYS if isinstance(told, dict) and key in told}
+    return {ours: str(told[key]) for key, ours in _PROVENANCE_KEYS.items() if isinstance(told, dict) and key in told}

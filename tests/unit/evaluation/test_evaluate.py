@@ -100,6 +100,22 @@ def test_an_unreadable_prediction_counts_as_failed(three: World) -> None:
     assert summary(evaluation, "dice", "two").n_imputed == 2
 
 
+def test_the_ledger_tells_why_and_outdated_masks_do_not_count(three: World) -> None:
+    ledger = three.predictions / "ledger"
+    ledger.mkdir()
+    for case, entry in {
+        "a": {"state": "done", "code": ""},
+        "b": {"state": "refused", "code": "MISSING_SLICES"},
+        "c": {"state": "failed", "code": "INTERNAL"},
+    }.items():
+        (ledger / f"{case}.json").write_text(json.dumps(entry))
+    assert run(three).failed == {"b": "MISSING_SLICES", "c": "INTERNAL"}
+    (ledger / "a.json").write_text('{"state"')
+    with pytest.raises(ConfigError) as caught:
+        run(three)
+    assert caught.value.code == "BAD_LEDGER"
+
+
 def test_no_prediction_at_all_is_an_error(three: World) -> None:
     with pytest.raises(ConfigError, match=r"for example a\.nii\.gz") as caught:
         evaluate(three.root, three.root, out=three.out)
@@ -219,6 +235,10 @@ def test_a_folder_of_masks_with_a_spec(three: World) -> None:
     in_voxels = evaluate(three.predictions, three.root / "masks", out=three.out, spec=spec)
     assert in_voxels.values("volume_reference", "uno") == {"a": 4, "b": 6, "c": 5}
     assert {row.unit for row in in_voxels.rows} == {"", "voxels"}
+    save(three.root / "masks" / "c.nii.gz", bar(1, 1, 1))
+    with pytest.raises(SpecError, match="case c: the reference mask holds the value") as caught:
+        evaluate(three.predictions, three.root / "masks", out=three.out, spec=spec)
+    assert caught.value.code == "LABEL_VALUES"
 
 
 def test_an_empty_folder_is_no_reference(three: World, tmp_path: Path) -> None:
@@ -231,10 +251,10 @@ def test_an_empty_folder_is_no_reference(three: World, tmp_path: Path) -> None:
 
 
 def test_provenance_keeps_known_keys_only(three: World) -> None:
-    told = {"model_hash": "abc", "plan_hash": "def", "input": "/home/jane/patient"}
+    told = {"model_hash": "abc", "dataset_hash": "def", "tta": True, "input": "/home/jane/patient"}
     (three.predictions / "predictions.json").write_text(json.dumps(told))
     provenance = run(three).provenance
-    assert provenance["model_hash"] == "abc"
+    assert [provenance[k] for k in ("model_hash", "training_dataset_hash", "mirroring")] == ["abc", "def", "True"]
     assert "jane" not in json.dumps(dict(provenance))
     (three.predictions / "predictions.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
