@@ -17,6 +17,8 @@ from medseg.errors import ConfigError
 from medseg.registry import did_you_mean
 
 Location = tuple[str | int, ...]
+MAX_KEYS = 100_000
+"""No configuration has more keys; a few lines with references to references have billions."""
 
 
 class Config(BaseModel):
@@ -46,24 +48,35 @@ def load(model: type[Model], path: Path, *, error: type[ConfigError] = ConfigErr
 def parse(model: type[Model], text: str, *, name: str, error: type[ConfigError] = ConfigError) -> Model:
     """Read YAML `text` as a `model`; `name` stands for the file in messages. Raises as `load` does."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
+        root = yaml.compose(text, Loader=_Loader)
+        lines, repeated = _lines(root)
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as problem:
         mark = getattr(problem, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        reason = getattr(problem, "problem", None) or str(problem)
+        reason = getattr(problem, "problem", None) or " ".join(str(problem).split())
         raise error(f"{name}:{line}: not valid YAML: {reason}") from problem
-    lines, repeated = _lines(root)
-    problems = [f"{name}:{line}: {_dotted(place)}: this key stands here twice" for place, line in repeated]
     if not isinstance(value, dict):
         raise error(f"{name}:1: expected keys and values, found {type(value).__name__}")
+    problems = [(line, f"{_dotted(place)}: this key stands here twice") for place, line in repeated]
     try:
         result = model.model_validate(value)
     except ValidationError as invalid:
-        problems += [_describe(model, name, lines, dict(item)) for item in invalid.errors()]
+        problems += [_describe(model, lines, dict(item)) for item in invalid.errors()]
     if problems:
-        raise error("\n".join(problems))
+        raise error("\n".join(f"{name}:{line}: {problem}" for line, problem in sorted(problems)))
     return result
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and keys are always text: ``on``, ``1`` and ``2024-01-01`` are fine names of labels."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep=deep)
 
 
 def _lines(root: yaml.Node | None) -> tuple[dict[Location, int], list[tuple[Location, int]]]:
@@ -72,9 +85,13 @@ def _lines(root: yaml.Node | None) -> tuple[dict[Location, int], list[tuple[Loca
     repeated: list[tuple[Location, int]] = []
 
     def walk(node: yaml.Node, place: Location) -> None:
+        if len(lines) > MAX_KEYS:
+            raise yaml.YAMLError(f"more than {MAX_KEYS} keys: references (*) that multiply or lead to themselves")
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, child in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a key must be plain text", problem_mark=key.start_mark)
                 here = (*place, key.value)
                 line = key.start_mark.line + 1
                 if key.value in seen:
@@ -92,8 +109,8 @@ def _lines(root: yaml.Node | None) -> tuple[dict[Location, int], list[tuple[Loca
     return lines, repeated
 
 
-def _describe(model: type[BaseModel], name: str, lines: dict[Location, int], item: dict[str, Any]) -> str:
-    """Turn one pydantic error into ``file:line: key: what is wrong``."""
+def _describe(model: type[BaseModel], lines: dict[Location, int], item: dict[str, Any]) -> tuple[int, str]:
+    """Turn one pydantic error into its line and ``key: what is wrong``."""
     place: Location = tuple(item["loc"])
     known = place
     while known not in lines:
@@ -105,7 +122,7 @@ def _describe(model: type[BaseModel], name: str, lines: dict[Location, int], ite
         text = "this key is missing"
     elif not isinstance(item.get("input"), dict | list) and item["type"] != "value_error":
         text = f"{text}, found {item.get('input')!r}"
-    return f"{name}:{lines[known]}: {_dotted(place) or 'file'}: {text}"
+    return lines[known], f"{_dotted(place) or 'file'}: {text}"
 
 
 def _dotted(place: Location) -> str:
@@ -119,7 +136,7 @@ def _keys_at(model: Any, place: Location) -> list[str]:
             field = model.model_fields.get(str(part))
             model = _unwrap(field.annotation) if field else None
         else:
-            arguments = typing.get_args(model)
+            arguments = [argument for argument in typing.get_args(model) if argument is not Ellipsis]
             model = _unwrap(arguments[-1]) if arguments else None
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
