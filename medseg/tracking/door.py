@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import threading
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from medseg.errors import ConfigError
+from medseg.files import PARTIAL_PREFIX
 
 PROBE_SECONDS = 3.0
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -85,19 +89,22 @@ def connect(folder: Path) -> Any:
         ``MLFLOW_HTTP_REQUEST_TIMEOUT`` (10 s unless set) times two when it accepts but stays silent.
     """
     uri = tracking_uri(folder)
-    if uri.startswith("sqlite:///"):
-        _open_sqlite(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
-    else:
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+    if file is None:
         _knock(uri)
+    else:
+        _open_sqlite(file)
     os.environ.update(_TELEMETRY_OFF)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with translated():
-        from mlflow.tracking import MlflowClient
+        import mlflow.tracking  # sets its own log levels when imported, so before the next line
 
         for name, level in _QUIET.items():
             logging.getLogger(name).setLevel(level)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        if file is not None and not file.is_file():
+            _create_sqlite(file)
+        client = mlflow.tracking.MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
 
@@ -148,10 +155,36 @@ def _open_sqlite(file: Path) -> None:
     """Open the file once, because MLflow repeats a failing open for 102 s (measured, 3.17.2)."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(file, timeout=PROBE_SECONDS)) as database:
-            database.execute("PRAGMA schema_version")
+        if file.is_file():
+            with closing(sqlite3.connect(file, timeout=PROBE_SECONDS)) as database:
+                database.execute("PRAGMA schema_version")
+        elif file.exists() or not os.access(file.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "not a file, or its folder is not writable")
     except (OSError, sqlite3.Error) as error:
         raise TrackingUnreachableError(f"MLflow database {file.name} cannot be opened ({error}).") from error
+
+
+def _create_sqlite(file: Path) -> None:
+    """Build the tables in a file aside, then give it its name.
+
+    Of processes that begin together in a new folder all but one fail in MLflow's migrations otherwise (measured).
+    """
+    from mlflow.tracking import MlflowClient
+
+    built, finished = (file.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}.db") for _ in range(2))
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{built.as_posix()}").search_experiments(max_results=1)
+        shutil.copyfile(built, finished)  # MLflow keeps connections to the one that it built
+        try:
+            os.link(finished, file)  # unlike a rename it never replaces what another process began to fill
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            if not file.exists():
+                os.replace(finished, file)
+    finally:
+        built.unlink(missing_ok=True)
+        finished.unlink(missing_ok=True)
 
 
 def _knock(uri: str) -> None:

@@ -23,6 +23,7 @@ _log = logging.getLogger("medseg")
 
 RUN_TAG = "medseg.run"
 DIGEST_TAG = "medseg.sha256"
+TIME_TAG = "medseg.registered"
 PENDING = "pending-"
 
 # MLflow allows 100 params or tags, 1000 metrics and 1 MB per request; a character may take six bytes in JSON.
@@ -134,11 +135,19 @@ def _text(client: Any, run_id: str, *, text: str, name: str) -> None:
 
 
 def _register(
-    client: Any, run_id: str, *, model: str, path: str, alias: str | None, tags: Mapping[str, str], at: int | None
+    client: Any,
+    run_id: str,
+    *,
+    model: str,
+    path: str,
+    alias: str | None,
+    tags: Mapping[str, str],
+    at: int,
+    late: bool = False,
 ) -> int:
     """Make a version of `model` from a file or folder; the same content of the same run is the same version.
 
-    `at` (ms) is set in a replay: an alias that meanwhile names a younger version is not taken back.
+    `at` (ms) is when this was asked for; a call sent `late` does not take the alias from a version asked for after it.
     """
     bundle = Path(path)
     digest = content_digest(bundle)
@@ -149,9 +158,9 @@ def _register(
     source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
     known = [v for v in client.search_model_versions(f"run_id = '{run_id}'") if v.name == model and v.source == source]
     version = known[0] if known else client.create_model_version(model, source, run_id, await_creation_for=0)
-    for key, value in {**tags, DIGEST_TAG: digest}.items():
+    for key, value in {**tags, DIGEST_TAG: digest, TIME_TAG: str(at)}.items():
         client.set_model_version_tag(model, str(version.version), key, value)
-    if alias is not None and not _younger_holds(client, model, alias, int(version.version), at):
+    if alias is not None and not (late and _younger_holds(client, model, alias, at)):
         client.set_registered_model_alias(model, alias, str(version.version))
     return int(version.version)
 
@@ -164,13 +173,15 @@ def _ensure_model(client: Any, model: str) -> None:
         client.get_registered_model(model)  # it exists; a name that is not allowed is refused here again
 
 
-def _younger_holds(client: Any, model: str, alias: str, version: int, at: int | None) -> bool:
-    holder = client.get_registered_model(model).aliases.get(alias)
-    if at is None or holder is None or int(holder) == version:
+def _younger_holds(client: Any, model: str, alias: str, at: int) -> bool:
+    number = client.get_registered_model(model).aliases.get(alias)
+    if number is None:
         return False
-    if client.get_model_version(model, str(holder)).creation_timestamp <= at:
+    holder = client.get_model_version(model, str(number))
+    # The time asked for, not the time made: calls that waited together are made together.
+    if int(holder.tags.get(TIME_TAG, holder.creation_timestamp)) <= at:
         return False
-    _log.warning("Model %s: alias %s stays with version %s, younger than the call sent now.", model, alias, holder)
+    _log.warning("Model %s: alias %s stays with version %s, younger than the call sent now.", model, alias, number)
     return True
 
 

@@ -113,7 +113,9 @@ class Tracker:
         """
         if not self._exists(bundle):
             return None
-        version = self._do("register", model=model_name, path=str(bundle), alias=alias, tags=_flat(tags or {}), at=None)
+        version = self._do(
+            "register", model=model_name, path=str(bundle), alias=alias, tags=_flat(tags or {}), at=_now()
+        )
         return None if version is None else int(version)
 
     def finish(self, status: Status = "FINISHED") -> None:
@@ -171,7 +173,7 @@ class Tracker:
 
     def _wait(self, operation: str, arguments: Mapping[str, Any]) -> None:
         if operation == "register":
-            arguments = {**arguments, "at": _now()}
+            arguments = {**arguments, "late": True}
         try:
             spool.append(self._folder, self._run, operation, arguments)
         except OSError as error:

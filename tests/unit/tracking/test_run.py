@@ -248,6 +248,21 @@ def test_threads_share_a_run(folder):
     assert ask(folder, "select count(*) from metrics") == [(40,)]
 
 
+def test_processes_that_begin_together_in_a_new_folder(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from medseg import tracking\n"
+        "with tracking.start(Path(sys.argv[1]), experiment='e', run_name='r') as run: run.metrics({'a': 1}, step=0)"
+    )
+    place = tmp_path / "new"
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(place)], stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    assert [worker.communicate()[1] for worker in workers] == ["", "", ""]
+    assert ask(place, "select status, count(*) from runs") == [("FINISHED", 3)]
+    assert not (place / "mlflow-spool.jsonl").exists()
+    assert not list(place.glob(".partial*"))
+
+
 def test_a_new_store_is_made_quietly(tmp_path, capfd, caplog):
     caplog.set_level(logging.INFO)
     with begin(tmp_path / "new" / "deep") as run:

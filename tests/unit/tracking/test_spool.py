@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict:
         "datasets": "select name, digest, dataset_source_type, dataset_source from datasets",
         "inputs": "select count(*) from inputs",
         "versions": "select name, version from model_versions",
-        "version tags": "select name, version, key, value from model_version_tags",
+        "version tags": "select name, version, key, value from model_version_tags where key != 'medseg.registered'",
         "aliases": "select name, alias, version from registered_model_aliases",
         "experiments": "select name from experiments",
     }
@@ -262,6 +262,17 @@ def test_a_late_registration_does_not_take_an_alias_from_a_younger_model(folder,
     tracking.sync(folder)
     assert [(v.version, v.aliases) for v in tracking.list_versions(folder, "m")] == [(1, ("challenger",)), (2, ())]
     assert "challenger stays with version 1" in caplog.text
+
+
+def test_registrations_that_waited_together_end_in_their_order(folder, bundle, dead_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead_server)
+    for text in ("one", "two"):
+        (bundle / "plan.yaml").write_text(text)
+        with begin(folder) as run:
+            run.register("m", bundle, alias="challenger")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracking.sync(folder)
+    assert [(v.version, v.aliases) for v in tracking.list_versions(folder, "m")] == [(1, ()), (2, ("challenger",))]
 
 
 def test_two_runs_wait_side_by_side(folder, dead_server, monkeypatch):
