@@ -19,7 +19,7 @@ from medseg.errors import GeometryError
 Unit = Literal["mm", "pixel"]
 Affine = NDArray[np.float64]
 GRID_TOLERANCE_MM = 1e-3
-"""Two grids are one when no corner voxel is further apart than this, or than 1 % of a voxel."""
+"""Two grids are one when no corner voxel is further apart than this or 1 % of a voxel, and never a tenth of one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Volume:
                 f"the affine must be a finite 4x4 matrix with last row 0 0 0 1, got {affine.tolist()}",
                 code="BAD_AFFINE",
             )
-        if abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        if singular(affine):
             raise GeometryError(f"the affine is singular: {affine.tolist()}", code="BAD_AFFINE")
         affine.flags.writeable = False
         object.__setattr__(self, "affine", affine)
@@ -93,6 +93,12 @@ class Volume:
         return replace(self, array=array)
 
 
+def singular(affine: Affine) -> bool:
+    """Tell whether an affine flattens space, at any scale: voxels of 4 nm are small, not flat."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(lengths.min() == 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6)
+
+
 def corners(shape: tuple[int, int, int], affine: Affine) -> NDArray[np.float64]:
     """Return the positions of the eight corner voxels' centres, (8, 3) in mm."""
     index = np.array(np.meshgrid(*[(0, size - 1) for size in shape], indexing="ij")).reshape(3, -1)
@@ -107,7 +113,9 @@ def grid_distance(shape: tuple[int, int, int], first: Affine, second: Affine) ->
 
 def same_grid(first: Volume, second: Volume) -> bool:
     """Tell whether two volumes have the same size and place the same voxel at the same point."""
-    tolerance = max(GRID_TOLERANCE_MM, 0.01 * min(first.spacing))
+    voxel = min(first.spacing)
+    # In microscopy a thousandth of a millimetre is many voxels.
+    tolerance = min(max(GRID_TOLERANCE_MM, 0.01 * voxel), 0.1 * voxel)
     return first.shape == second.shape and grid_distance(first.shape, first.affine, second.affine) <= tolerance
 
 

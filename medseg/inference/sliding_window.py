@@ -9,9 +9,11 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
-from medseg.planning.plan import Plan
 from medseg.device import autocast
+from medseg.planning.plan import Plan
 
+LARGEST = 1.5
+"""Axes up to this many patches long are predicted in one window."""
 Predictor = Callable[[Tensor], Tensor]
 
 
@@ -38,6 +40,14 @@ def window_logits(networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) ->
     return predict
 
 
+def window_size(shape: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
+    """Return the window: the patch, but along an axis that is hardly longer than it the whole axis.
+
+    A convolutional network takes any size, and one window of 1.4 patches costs less than two that overlap.
+    """
+    return tuple(n if 1 < p < n <= LARGEST * p else p for n, p in zip(shape, plan.patch_size, strict=True))
+
+
 @torch.inference_mode()
 def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Tensor:
     """Return logits (K, I, J, K') of a prepared image (C, I, J, K').
@@ -45,10 +55,10 @@ def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: b
     Peak memory is about (K + 1) * 4 bytes a voxel for logits and weights, and one batch of windows.
     """
     inferer = SlidingWindowInferer(
-        roi_size=plan.patch_size,
+        roi_size=window_size(tuple(image.shape[1:]), plan),
         sw_batch_size=8 if plan.dimensions == 2 else 1,
         overlap=[plan.overlap if n > 1 else 0.0 for n in plan.patch_size],
         mode="gaussian",
     )
-    logits: Tensor = inferer(image[None], window_logits(networks, plan, mirror=mirror))
-    return logits[0]
+    logits = inferer(image[None], window_logits(networks, plan, mirror=mirror))
+    return torch.as_tensor(logits)[0]

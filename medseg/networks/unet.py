@@ -90,7 +90,9 @@ class UNet(nn.Module):
         """Map (B, C, *S) to logits (B, K, *S)."""
         size = image.shape[2:]
         logits: Tensor = self.heads[-1](self._decode(self._pad(image))[-1])
-        return logits[(..., *[slice(0, n) for n in size])]
+        for axis, length in enumerate(size, start=2):
+            logits = logits.narrow(axis, 0, length)
+        return logits
 
     def forward_levels(self, image: Tensor) -> list[Tensor]:
         """Map (B, C, *S) to the logits of every decoder stage, finest first, for deep supervision.

@@ -7,6 +7,7 @@ value the other way, since its exponential function may).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ class PhantomPatient:
 
     image: Volume
     mask: Volume
-    modality: str
+    modality: Literal["MR"]
     manufacturer: str
 
 
@@ -119,7 +120,7 @@ def _depth(part: Part, points: Points, spaces: dict[str, Distance], move: Jitter
     bound = spaces[part.space] + np.float32(part.margin)
     if part.shape is None or move is None:
         return bound
-    return np.maximum(distance(part.shape, move.undo(points)) - np.float32(part.grow), bound)
+    return np.asarray(np.maximum(distance(part.shape, move.undo(points)) - np.float32(part.grow), bound))
 
 
 def _add_lesion(
@@ -137,10 +138,16 @@ def _add_lesion(
     radius = min(rng.uniform(*template.LESION_RADIUS_MM), 1.1 * float(room.max()))
     candidates = np.flatnonzero(room >= 0.9 * radius)
     centre = points[:, rng.choice(candidates)]
-    bumps = [(centre + rng.uniform(-0.35, 0.35, 3) * radius, rng.uniform(0.65, 0.85, 3) * radius) for _ in range(4)]
-    shape = Shape(tuple(Blob(tuple(map(float, c)), tuple(map(float, r))) for c, r in bumps), blend=radius / 2)
+    shape = Shape(tuple(_bump(centre, radius, rng) for _ in range(4)), blend=radius / 2)
     inside = np.where(labels.ravel() == LABELS["liver"], np.float32(-1e3), np.float32(1e3))
     depth = np.maximum(distance(shape, points), inside)
     mean, spread = template.LESION_SIGNAL
     canvas.paint(depth, float(rng.normal(mean, spread)), LABELS["lesion"])
     return canvas.signal
+
+
+def _bump(centre: Points, radius: float, rng: np.random.Generator) -> Blob:
+    """Draw one of the lumps of a lesion."""
+    x, y, z = (centre + rng.uniform(-0.35, 0.35, 3) * radius).tolist()
+    a, b, c = (rng.uniform(0.65, 0.85, 3) * radius).tolist()
+    return Blob((x, y, z), (a, b, c))

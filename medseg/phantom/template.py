@@ -57,8 +57,8 @@ BODY = Shape(
 
 DIAPHRAGM = Shape(
     (
-        Blob((56, -6, -14), (66, 80, 90), endless_below=True),
-        Blob((-54, -8, -18), (64, 80, 84), endless_below=True),
+        Blob((56, -6, -16), (66, 80, 84), endless_below=True),
+        Blob((-54, -8, -20), (64, 80, 79), endless_below=True),
     ),
     blend=40,
 )
@@ -66,24 +66,22 @@ DIAPHRAGM = Shape(
 
 LIVER = Shape(
     (
-        Blob((66, -2, 22), (50, 72, 56)),
-        Blob((72, -8, -18), (34, 48, 44)),
-        Blob((10, 34, 34), (66, 34, 30), (0, -8, 0)),
+        Blob((66, -2, 18), (50, 72, 54)),
+        Blob((72, -8, -18), (34, 48, 40)),
+        Blob((10, 34, 28), (66, 34, 30), (0, -8, 0)),
     ),
-    minus=(Blob((40, 14, -42), (34, 40, 26), (0, 25, 0)),),
+    minus=(Blob((40, 14, -44), (34, 40, 26), (0, 25, 0)),),
     blend=20,
 )
-SPLEEN = Shape(
-    (Blob((-84, -36, 26), (28, 42, 44), (20, 10, 0)),), minus=(Blob((-46, -14, 26), (20, 26, 30)),), blend=8
-)
+SPLEEN = Shape((Blob((-82, -34, 22), (30, 44, 42), (20, 10, 0)),), minus=(Blob((-42, -12, 24), (20, 26, 30)),), blend=8)
 KIDNEY_RIGHT = Shape(
-    (Blob((52, -46, -36), (24, 22, 46), (-8, 10, 20)),), minus=(Blob((28, -38, -38), (12, 14, 11)),), blend=10
+    (Blob((53, -44, -30), (27, 24, 42), (-8, 10, 20)),), minus=(Blob((24, -36, -32), (12, 14, 11)),), blend=10
 )
 KIDNEY_LEFT = Shape(
-    (Blob((-52, -46, -24), (24, 22, 48), (-8, -10, -20)),), minus=(Blob((-28, -38, -26), (12, 14, 11)),), blend=10
+    (Blob((-53, -44, -22), (27, 24, 43), (-8, -10, -20)),), minus=(Blob((-24, -36, -24), (12, 14, 11)),), blend=10
 )
-PYRAMIDS_RIGHT = Shape((Blob((50, -46, -36), (12, 10, 32), (-8, 10, 20)),))
-PYRAMIDS_LEFT = Shape((Blob((-50, -46, -24), (12, 10, 34), (-8, -10, -20)),))
+PYRAMIDS_RIGHT = Shape((Blob((51, -44, -30), (14, 11, 29), (-8, 10, 20)),))
+PYRAMIDS_LEFT = Shape((Blob((-51, -44, -22), (14, 11, 30), (-8, -10, -20)),))
 STOMACH = Shape((Blob((-54, 24, 32), (36, 32, 38)), Blob((-24, 40, -4), (36, 22, 20), (0, -25, 0))), blend=20)
 COLON = Shape(
     (
@@ -125,7 +123,7 @@ PORTAL_VEIN = Shape(
     blend=4,
 )
 GALLBLADDER = Shape((Blob((46, 34, -26), (13, 24, 14), (-25, 0, 0)),))
-HEART = Shape((Blob((-16, 22, 96), (48, 40, 34), (0, 15, 0)),))
+HEART = Shape((Blob((-16, 22, 90), (48, 40, 34), (0, 15, 0)),))
 
 PARTS: dict[str, Part] = {
     "fat": Part("body", (0.98, 0.04)),
@@ -161,5 +159,5 @@ PARTS: dict[str, Part] = {
 }
 """In order of painting; the lesion is added last, in the liver that the patient has."""
 
-LESION_SIGNAL = (0.36, 0.03)
-LESION_RADIUS_MM = (20.0, 28.0)
+LESION_SIGNAL = (0.32, 0.025)
+LESION_RADIUS_MM = (22.0, 28.0)

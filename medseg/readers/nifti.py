@@ -28,7 +28,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, ReadError
-from medseg.volume import Affine, Volume
+from medseg.volume import Affine, Volume, singular
 
 MAX_BYTES = 16 * 2**30
 """Largest voxel array that is read (16 GiB): beyond it a header is more likely damaged than true."""
@@ -221,7 +221,7 @@ def _affine(path: Path, header: Nifti1Header) -> Affine:
     except (ValueError, HeaderDataError) as error:
         raise GeometryError(f"{path.name}: the qform is not a rotation ({error})", code="BAD_AFFINE") from error
     chosen = sform if sform is not None else qform
-    if chosen is None or not np.isfinite(chosen).all() or abs(np.linalg.det(chosen[:3, :3])) < 1e-12:
+    if chosen is None or not np.isfinite(chosen).all() or singular(chosen):
         raise GeometryError(
             f"{path.name}: its affine {_rounded(chosen)} is not finite or not invertible",
             code="BAD_AFFINE",

@@ -1,0 +1,235 @@
+"""The journey as plain functions; the verbs of the command line are the same words.
+
+Each takes paths and keyword options and returns a small frozen result. Heavy libraries are imported when a function
+that needs them is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from medseg.display import Display
+from medseg.duration import seconds
+from medseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from medseg.batch.run import BatchResult
+    from medseg.checking.run import CheckResult
+    from medseg.evaluation.table import Evaluation
+    from medseg.planning.plan import Plan
+    from medseg.retraining import RetrainResult
+    from medseg.training.run import TrainResult
+
+DEFAULT_BUDGET = "1h"
+PathLike = str | Path
+
+
+def check(dataset: PathLike, *, splits: PathLike | None = None, out: PathLike | None = None) -> CheckResult:
+    """Tell whether a dataset is fit to learn from; with `out`, also as a page and as JSON.
+
+    Raises
+    ------
+    SpecError : `dataset` is no dataset.
+    """
+    from medseg.checking.run import check as run
+
+    return run(Path(dataset), splits=_path(splits), out=_path(out))
+
+
+def plan(
+    dataset: PathLike,
+    *,
+    out: PathLike | None = None,
+    budget: str | float | None = None,
+    steps: int | None = None,
+    settings: Sequence[str] = (),
+    splits: PathLike | None = None,
+    seed: int = 0,
+    display: Display | None = None,
+) -> Plan:
+    """Take the fingerprint of the training cases, measure this machine and plan; with `out`, write the YAML.
+
+    Raises
+    ------
+    SpecError, PlanError : the data cannot be used, or no plan fits the budget.
+    """
+    from medseg.device import best_device
+    from medseg.planning.fingerprint import take_fingerprint
+    from medseg.planning.plan import write_plan
+    from medseg.spec import load_dataset
+    from medseg.training.run import Request, make_plan
+
+    display = display or Display(None)
+    found = load_dataset(Path(dataset), splits=_path(splits))
+    with display:
+        display.stage("reading")
+        fingerprint = take_fingerprint(found.spec, found.select("train"), progress=display.counted)
+        display.stage("measuring step times")
+        length = None if steps else _seconds(budget if budget is not None else DEFAULT_BUDGET)
+        request = Request(budget=length, steps=steps, settings=tuple(settings), seed=seed)
+        made, reasons = make_plan(found, fingerprint, request, best_device())
+    if out is not None:
+        write_plan(Path(out), made, reasons)
+    return made
+
+
+def train(  # noqa: PLR0913 - the options of the command are the parameters of the function
+    dataset: PathLike,
+    *,
+    out: PathLike,
+    budget: str | float | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    folds: int | None = None,
+    fold: int | None = None,
+    network: str | None = None,
+    settings: Sequence[str] = (),
+    splits: PathLike | None = None,
+    seed: int = 0,
+    plan: PathLike | None = None,
+    replay: PathLike | None = None,
+    track: PathLike | None = None,
+    model_name: str | None = None,
+    began: float | None = None,
+    display: Display | None = None,
+) -> TrainResult:
+    """Train on a dataset within a budget (default 1h), or for a number of steps or epochs.
+
+    Parameters
+    ----------
+    out : run folder; the same call resumes an unfinished run in it.
+    budget : wall time of the whole call, as seconds or "10m".
+    folds, fold : cross-validation with one network a fold; or only that fold.
+    settings : "KEY=VALUE" changes of the plan.
+    splits : file with lists `train` and `test` of case ids.
+    plan : a plan.yaml to follow instead of making one.
+    replay : a finished run whose steps are repeated one by one.
+    track : folder of the MLflow store (see medseg.tracking); None tracks nothing.
+    began : time.monotonic() from which the budget counts; now unless told.
+
+    Raises
+    ------
+    ConfigError : options that exclude each other.
+    SpecError, PlanError, TrainingError : the data, the plan or the run folder do not fit.
+    """
+    from medseg.training.run import Request
+    from medseg.training.run import train as run
+
+    began = time.monotonic() if began is None else began
+    given = [
+        name for name, value in (("budget", budget), ("steps", steps), ("epochs", epochs), ("replay", replay)) if value
+    ]
+    if len(given) > 1:
+        raise ConfigError(f"give one of budget, steps, epochs and replay, not {' and '.join(given)}")
+    request = Request(
+        budget=_seconds(DEFAULT_BUDGET if budget is None else budget) if not given or budget else None,
+        steps=steps,
+        epochs=epochs,
+        folds=folds,
+        fold=fold,
+        network=network,
+        settings=tuple(settings),
+        seed=seed,
+        plan=_path(plan),
+        replay=_path(replay),
+    )
+    return run(
+        Path(dataset),
+        out=Path(out),
+        request=request,
+        splits=_path(splits),
+        began=began,
+        track=_path(track),
+        model_name=model_name,
+        display=display,
+    )
+
+
+def predict(
+    *inputs: PathLike,
+    model: PathLike,
+    out: PathLike,
+    mirror: bool | None = None,
+    cases: Literal["test", "train", "all"] | None = None,
+    splits: PathLike | None = None,
+    display: Display | None = None,
+) -> BatchResult:
+    """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
+
+    Raises
+    ------
+    BatchError, BundleError, ExportError : nothing to do, no usable model, or OUT cannot be written.
+    """
+    from medseg.batch.run import predict as run
+
+    display = display or Display(None)
+    with display:
+        display.stage("predicting")
+        return run(
+            [Path(p) for p in inputs],
+            model=Path(model),
+            out=Path(out),
+            mirror=mirror,
+            choice=cases,
+            splits=_path(splits),
+            progress=display.counted,
+        )
+
+
+def evaluate(
+    predictions: PathLike,
+    reference: PathLike,
+    *,
+    out: PathLike,
+    cases: Literal["test", "train", "all"] | None = None,
+    splits: PathLike | None = None,
+    track: PathLike | None = None,
+) -> Evaluation:
+    """Score predictions against a dataset or a folder of masks; with `track`, log the table to the model's run.
+
+    Raises
+    ------
+    ConfigError, SpecError, ReadError, GeometryError : see medseg.evaluation.evaluate.
+    """
+    from medseg.evaluation.evaluate import evaluate as run
+    from medseg.evaluation.tracked import track_evaluation
+
+    evaluation = run(Path(predictions), Path(reference), out=Path(out), splits=_path(splits), split=cases)
+    if track is not None:
+        track_evaluation(evaluation, Path(predictions), Path(out), store=Path(track))
+    return evaluation
+
+
+def report(evaluation: PathLike, *, out: PathLike, against: PathLike | None = None) -> Path:
+    """Write the study report of an evaluation as one offline page; returns its path.
+
+    Raises
+    ------
+    ConfigError : `evaluation` (or `against`) is not the output folder of evaluate.
+    """
+    from medseg.evaluation.report import report as run
+
+    return run(Path(evaluation), out=Path(out), against=_path(against))
+
+
+def retrain(config: PathLike, *, dry_run: bool = False, display: Display | None = None) -> RetrainResult:
+    """Do one tick of the retraining job: train on new data, promote the model only if it is proven better.
+
+    Raises
+    ------
+    ConfigError, TrainingError, BundleError : the configuration or the data do not fit.
+    """
+    from medseg.retraining import retrain as run
+
+    return run(Path(config), dry_run=dry_run, display=display)
+
+
+def _path(value: PathLike | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _seconds(value: str | float) -> float:
+    return seconds(value) if isinstance(value, str) else float(value)

@@ -1,0 +1,139 @@
+"""From what a person types to studies: files, series folders, trees of studies and datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from medseg.errors import BatchError
+from medseg.files import digest
+from medseg.preparation.cache import source_digest
+from medseg.privacy import keyed_id
+from medseg.readers.dicom_index import SeriesFiles, scan
+from medseg.readers.nifti import is_nifti, stem
+from medseg.spec import Case, Spec, load_dataset
+
+Choice = Literal["test", "train", "all"]
+
+
+@dataclass(frozen=True)
+class StudyInput:
+    """One image to be segmented.
+
+    Attributes
+    ----------
+    id : names every file that is written for it.
+    images : one path per channel, or one path for all.
+    series : the DICOM series, if it is one.
+    origin : where it was found, for the linkage table and the terminal only.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    series: SeriesFiles | None
+    origin: Path
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the input's bytes; empty if they cannot be read."""
+        try:
+            files = self.series.files if self.series else self.images
+            return source_digest(Case(self.id, tuple(sorted(files)), None, self.id))
+        except OSError:
+            return digest("unreadable")
+
+
+def find_inputs(
+    paths: Sequence[Path], spec: Spec, *, choice: Choice | None = None, splits: Path | None = None
+) -> list[StudyInput]:
+    """Return the studies below `paths`, ordered by id.
+
+    Parameters
+    ----------
+    spec : of the model: with several channels, ``<case>_<channel>.nii.gz`` files are put together.
+    choice, splits : which cases of a dataset (the test cases if it has any, unless told).
+
+    Raises
+    ------
+    BatchError : nothing was found, or two inputs would be written to the same name.
+    """
+    found: list[StudyInput] = []
+    images: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise BatchError(f"{path}: this input does not exist", code="NOT_FOUND")
+        if _is_dataset(path):
+            found += _dataset_inputs(path, choice, splits)
+        elif path.is_file() and is_nifti(path):
+            images.append(path)
+        else:
+            images += sorted(p for p in path.rglob("*") if p.is_file() and is_nifti(p)) if path.is_dir() else []
+            found += _dicom_inputs(path)
+    found += _nifti_inputs(images, spec)
+    if not found:
+        raise BatchError(
+            f"{', '.join(str(p) for p in paths)}: no image was found; give .nii or .nii.gz files, folders with DICOM "
+            "series, or a dataset",
+            code="EMPTY_INPUT",
+        )
+    _refuse_same_names(found)
+    return sorted(found, key=lambda study: study.id)
+
+
+def _is_dataset(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix in (".yaml", ".yml")
+    return (path / "dataset.yaml").exists() or (path / "dataset.json").exists()
+
+
+def _dataset_inputs(path: Path, choice: Choice | None, splits: Path | None) -> list[StudyInput]:
+    dataset = load_dataset(path, splits=splits)
+    wanted = choice or ("test" if dataset.select("test") else "all")
+    cases = dataset.cases if wanted == "all" else dataset.select("test" if wanted == "test" else "train")
+    return [StudyInput(case.id, case.images, None, case.images[0]) for case in cases]
+
+
+def _dicom_inputs(path: Path) -> list[StudyInput]:
+    """Return the series below `path`, without the localizers that accompany others, and what is too damaged to tell.
+
+    A folder of damaged files without any series is a study too: it must be refused, not forgotten.
+    """
+    found = scan(path)
+    images = [row for row in found.series if row.refusal is None or row.refusal.code != "LOCALIZER"]
+    rows = [
+        StudyInput(keyed_id("case", row.uid, row.part), (row.files[0].parent,), row, row.files[0].parent)
+        for row in images or found.series
+    ]
+    known = {file.parent for row in found.series for file in row.files}
+    lost = {file.parent for file in found.damaged} - known
+    if path.is_file() and not rows:
+        lost = {path}
+    return rows + [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in sorted(lost)]
+
+
+def _nifti_inputs(images: Iterable[Path], spec: Spec) -> list[StudyInput]:
+    tokens = [channel.file or name for name, channel in spec.channels.items()]
+    if len(tokens) == 1:
+        return [StudyInput(stem(path), (path,), None, path) for path in images]
+    rows: dict[str, StudyInput] = {}
+    for path in images:
+        name = stem(path)
+        token = next((t for t in tokens if name.endswith(f"_{t}")), None)
+        case = name if token is None else name.removesuffix(f"_{token}")
+        ending = path.name.removeprefix(name)
+        files = (path,) if token is None else tuple(path.with_name(f"{case}_{t}{ending}") for t in tokens)
+        rows[case] = StudyInput(case, files, None, path)
+    return list(rows.values())
+
+
+def _refuse_same_names(studies: Sequence[StudyInput]) -> None:
+    origins: dict[str, Path] = {}
+    for study in studies:
+        if study.id in origins:
+            raise BatchError(
+                f"{origins[study.id]} and {study.origin} would both be written as {study.id}; predict them into "
+                "different --out folders, or give the input only once",
+                code="SAME_NAME",
+            )
+        origins[study.id] = study.origin

@@ -1,0 +1,199 @@
+"""Predict many studies: each on its own, resumable, with one broken study never stopping the others."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medseg.batch.inputs import Choice, StudyInput, find_inputs
+from medseg.batch.ledger import Entry, Ledger
+from medseg.bundle import BundleInfo
+from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
+from medseg.exporters.nifti import write_nifti
+from medseg.files import PARTIAL_PREFIX, file_digest, write_json, write_text
+from medseg.inference.predict import Model, load_model, predict_volume
+from medseg.readers.dicom_series import read_series
+from medseg.spec import Spec, spec_digest
+from medseg.studies import read_channels
+from medseg.volume import Volume
+
+PROVENANCE = "predictions.json"
+REFUSALS = (ReadError, GeometryError, SpecError, BundleError)
+"""Faults of the input; everything else is ours, and is tried again by the next run."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """How a batch run ended.
+
+    Attributes
+    ----------
+    out : the output folder.
+    entries : one a study, ordered by id.
+    origins : id -> where the study was found; for the terminal only.
+    """
+
+    out: Path
+    entries: tuple[Entry, ...]
+    origins: dict[str, Path]
+
+    def select(self, state: str) -> tuple[Entry, ...]:
+        """Return the entries in one state."""
+        return tuple(entry for entry in self.entries if entry.state == state)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every study was done."""
+        return all(entry.state == "done" for entry in self.entries)
+
+
+def predict(
+    inputs: Sequence[Path],
+    *,
+    model: Path | Model,
+    out: Path,
+    mirror: bool | None = None,
+    choice: Choice | None = None,
+    splits: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BatchResult:
+    """Segment every study below `inputs` into ``OUT/<id>.nii.gz``.
+
+    Also written: OUT/ledger (how each study stands), OUT/summary.csv (states, reasons, volumes), OUT/predictions.json
+    (what made them), OUT/private/linkage.csv (id -> path, for the user only). Running it again does only what is not
+    done, from the same input and model, with intact outputs.
+
+    Parameters
+    ----------
+    model : run folder or bundle, or a model in memory; it is loaded once.
+    mirror : average over mirrored inputs; unless told, as the plan says.
+    choice, splits : which cases of a dataset.
+
+    Raises
+    ------
+    BatchError : there is nothing to do, or two inputs share a name.
+    BundleError : the model cannot be used.
+    ExportError : OUT itself cannot be written (full disk); what is done stays done.
+    """
+    loaded = model if isinstance(model, Model) else load_model(model)
+    info = loaded.bundle.info
+    studies = find_inputs(inputs, info.spec, choice=choice, splits=splits)
+    _sweep(out)
+    write_json(out / PROVENANCE, provenance(info, mirror))
+    _write_linkage(out, studies)
+    ledger = Ledger(out)
+    entries = []
+    for number, study in enumerate(studies):
+        source = study.digest()
+        entry = ledger.settled(study.id, input_digest=source, model_digest=_recipe(info, mirror))
+        entries.append(entry or _do(study, source, loaded, ledger, mirror))
+        progress(number + 1, len(studies))
+    write_text(out / "summary.csv", summary_csv(info.spec, entries))
+    return BatchResult(out, tuple(entries), {study.id: study.origin for study in studies})
+
+
+def provenance(info: BundleInfo, mirror: bool | None) -> dict[str, str | int | bool | None]:
+    """Return what is said about the origin of predictions; no path, no date."""
+    return {
+        "model_hash": info.digest,
+        "plan_hash": info.plan.digest,
+        "spec_hash": spec_digest(info.spec),
+        "dataset_hash": info.dataset_digest,
+        "software": f"medseg {info.versions['medseg']}",
+        "tta": info.plan.test_mirroring if mirror is None else mirror,
+        "folds": len(info.weights),
+        "tracking_run": info.tracking_run,
+    }
+
+
+def _recipe(info: BundleInfo, mirror: bool | None) -> str:
+    tta = info.plan.test_mirroring if mirror is None else mirror
+    return f"{info.digest}{'+mirror' if tta else ''}"
+
+
+def _do(study: StudyInput, source: str, model: Model, ledger: Ledger, mirror: bool | None) -> Entry:
+    """Predict one study and commit the outcome, whatever it is."""
+    ledger.attempt(study.id)
+    began = time.monotonic()
+    entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=_recipe(model.bundle.info, mirror))
+    try:
+        image = _read(study, model.bundle.info.spec)
+        mask = predict_volume(model, image, mirror=mirror)
+        name = f"{study.id}.nii.gz"
+        write_nifti(ledger.out / name, mask)
+        entry = entry.model_copy(
+            update={
+                "state": "done",
+                "outputs": {name: file_digest(ledger.out / name)},
+                "volumes_ml": volumes(model.bundle.info.spec, mask),
+                "notes": image.notes,
+            }
+        )
+    except MedsegError as error:
+        state = "refused" if isinstance(error, REFUSALS) else "failed"
+        message = without_paths(str(error), study)
+        entry = entry.model_copy(update={"state": state, "code": error.code, "message": message})
+        if isinstance(error, ExportError) and error.code == "DISK_FULL":
+            raise ExportError(f"case {study.id}: {error}", code=error.code) from error
+    except Exception as error:  # noqa: BLE001 - one study must never stop the others; the ledger keeps what it was
+        message = without_paths(f"{type(error).__name__}: {error}", study)
+        entry = entry.model_copy(update={"code": "INTERNAL", "message": message})
+    ledger.journal(study.id, {"seconds": round(time.monotonic() - began, 3)})
+    ledger.write(entry)
+    return entry
+
+
+def _read(study: StudyInput, spec: Spec) -> Volume:
+    if study.series is not None:
+        return read_series(study.series)
+    return read_channels(spec, study.images)
+
+
+def volumes(spec: Spec, mask: Volume) -> dict[str, float]:
+    """Return label -> volume in mL (pixels for pictures)."""
+    unit = mask.voxel_volume / 1000 if mask.unit == "mm" else mask.voxel_volume
+    return {
+        name: round(float(np.count_nonzero(mask.array == value)) * unit, 4) for name, value in spec.foreground.items()
+    }
+
+
+def without_paths(text: str, study: StudyInput) -> str:
+    """Return a message without the names of files and folders that may identify a patient."""
+    places = {study.origin, *study.images, *(study.series.files if study.series else ())}
+    words = {str(p) for p in places} | ({p.name for p in places} if study.series else set())
+    for word in sorted(words, key=len, reverse=True):
+        text = text.replace(word, f"<{study.id}>")
+    return text
+
+
+def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
+    """Return the table of a run: id, state, code, message, notes and the volume of each label."""
+    unit = "ml" if spec.unit == "mm" else "pixels"
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "state", "code", "message", "notes", *(f"{name}_{unit}" for name in spec.foreground)])
+    for entry in entries:
+        row = [entry.volumes_ml.get(name, "") for name in spec.foreground]
+        writer.writerow([entry.id, entry.state, entry.code, entry.message, " ".join(entry.notes), *row])
+    return text.getvalue()
+
+
+def _write_linkage(out: Path, studies: Sequence[StudyInput]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "path"])
+    writer.writerows((study.id, study.origin.resolve()) for study in studies)
+    (out / "private").mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_text(out / "private" / "linkage.csv", text.getvalue(), mode=0o600)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a killed run left half written."""
+    for leftover in out.rglob(f"{PARTIAL_PREFIX}*") if out.is_dir() else ():
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,393 @@
+"""The command line: one verb a stage, in the order in which data flow.
+
+Exit codes: 0 all done, 1 failed, 2 wrong usage, 3 some studies failed. Errors are printed as one message;
+``medseg --debug VERB`` shows where they come from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from medseg.errors import ConfigError, MedsegError
+
+app = typer.Typer(
+    help="From a folder of DICOM or NIfTI studies to a segmentation model that is validated and kept up to date.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+class Cases(StrEnum):
+    """Which cases of a dataset."""
+
+    TEST = "test"
+    TRAIN = "train"
+    ALL = "all"
+
+
+Dataset = Annotated[Path, typer.Argument(help="Spec file, or folder with dataset.yaml, MSD or nnU-Net v2 layout.")]
+Splits = Annotated[Path | None, typer.Option(help="YAML or JSON with lists `train` and `test` of case ids.")]
+Budget = Annotated[str | None, typer.Option(help="Wall time of the whole command: 90s, 10m, 1h30m, 2d (default 1h).")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Fixed number of training steps instead of a budget.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: change a value of the plan.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Store = Annotated[Path, typer.Option(help="Folder of the MLflow store (mlflow.db); MLFLOW_TRACKING_URI comes first.")]
+NoTrack = Annotated[bool, typer.Option("--no-track", help="Do not record in MLflow.")]
+CaseChoice = Annotated[Cases | None, typer.Option(help="Cases of a dataset (default: test if there are any).")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False) -> None:
+    """Keep the options that stand before the verb."""
+    if debug:
+        os.environ["MEDSEG_DEBUG"] = "1"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("medseg-demo"),
+    seed: Seed = 0,
+) -> None:
+    """Whole journey on synthetic DICOM patients, in under four minutes on two cores.
+
+    Example: medseg demo --out medseg-demo
+    """
+    from medseg.demo import run_demo
+
+    run_demo(out, seed=seed, console=console)
+
+
+@app.command()
+def check(
+    dataset: Dataset,
+    out: Annotated[Path | None, typer.Option(help="Folder for check.html and check.json.")] = None,
+    splits: Splits = None,
+    json: Json = False,
+) -> None:
+    """Is this dataset fit to learn from? Findings with reason codes; exit 1 if there are errors.
+
+    Example: medseg check data_specs/hippocampus.yaml --out check
+    """
+    from medseg.checking.run import check as run
+    from medseg.checking.run import render
+    from medseg.display import Display
+
+    with Display(None if json else errors) as display:
+        display.stage("checking")
+        result = run(dataset, splits=splits, out=out, progress=display.counted)
+    if json:
+        typer.echo(result.to_json())
+    else:
+        console.print(render(result))
+        if result.page:
+            console.print(f"Page: {result.page}", highlight=False)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def plan(
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="File to write; edit it, then train with --plan.")] = Path("plan.yaml"),
+    budget: Budget = None,
+    steps: Steps = None,
+    settings: Settings = None,
+    splits: Splits = None,
+    seed: Seed = 0,
+) -> None:
+    """Fingerprint the data, measure this machine, and write a plan that a person can read and edit.
+
+    Example: medseg plan data_specs/hippocampus.yaml --budget 30m --out plan.yaml
+    """
+    from medseg import api
+
+    made = api.plan(
+        dataset,
+        out=out,
+        budget=budget,
+        steps=steps,
+        settings=settings or (),
+        splits=splits,
+        seed=seed,
+        display=_display(),
+    )
+    console.print(f"{out}: {made.dimensions}-D, patch {made.patch_size}, {made.steps} steps expected", highlight=False)
+
+
+@app.command()
+def train(  # noqa: PLR0913 - one parameter an option
+    dataset: Dataset,
+    out: Annotated[Path, typer.Option(help="Run folder; the same command resumes an unfinished run in it.")],
+    budget: Budget = None,
+    steps: Steps = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Fixed number of passes over the cases.")] = None,
+    folds: Annotated[int | None, typer.Option(min=2, help="Cross-validation: one network a fold.")] = None,
+    fold: Annotated[int | None, typer.Option(min=0, help="Train only this fold.")] = None,
+    network: Annotated[str | None, typer.Option(help="Name in the table of networks.")] = None,
+    settings: Settings = None,
+    splits: Splits = None,
+    seed: Seed = 0,
+    plan: Annotated[Path | None, typer.Option(help="Plan to follow instead of making one.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Finished run to repeat step by step.")] = None,
+    track: Store = Path(),
+    no_track: NoTrack = False,
+    name: Annotated[str | None, typer.Option(help="Name in the model registry (default: the dataset's).")] = None,
+) -> None:
+    """Train a model within a budget of wall time, or for a number of steps.
+
+    Example: medseg train data_specs/hippocampus.yaml --budget 10m --out runs/hippocampus
+    """
+    from medseg import api
+    from medseg.training.run import process_start
+
+    result = api.train(
+        dataset,
+        out=out,
+        budget=budget,
+        steps=steps,
+        epochs=epochs,
+        folds=folds,
+        fold=fold,
+        network=network,
+        settings=settings or (),
+        splits=splits,
+        seed=seed,
+        plan=plan,
+        replay=replay,
+        track=None if no_track else track,
+        model_name=name,
+        began=process_start(),
+        display=_display(),
+    )
+    dice = ", ".join(f"{label} {value:.3f}" for label, value in result.dice.items())
+    console.print(f"{result.steps} steps in {result.seconds:.0f} s; validation Dice: {dice}", highlight=False)
+    console.print(f"Model: {result.model}", highlight=False)
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[Path], typer.Argument(help="Files, series folders, trees of studies, or a dataset.")],
+    model: Annotated[str, typer.Option(help="Run folder, bundle, or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Option(help="Folder for the masks; a repeated command does only what is missing.")],
+    mirror: Annotated[bool | None, typer.Option(help="Average over mirrored inputs (default: as planned).")] = None,
+    cases: CaseChoice = None,
+    splits: Splits = None,
+    track: Store = Path(),
+    json: Json = False,
+) -> None:
+    """Segment studies into OUT/<id>.nii.gz, on their own grids; exit 3 if some could not be done.
+
+    Example: medseg predict archive/ --model runs/hippocampus --out masks
+    """
+    from medseg import api
+
+    result = api.predict(
+        *inputs,
+        model=_model(model, track),
+        out=out,
+        mirror=mirror,
+        cases=None if cases is None else cases.value,
+        splits=splits,
+        display=_display(),
+    )
+    if json:
+        typer.echo(_as_json([entry.model_dump(mode="json") for entry in result.entries]))
+    else:
+        _print_batch(result)
+    raise typer.Exit(0 if result.complete else 3 if result.select("done") else 1)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Option(help="Folder of masks named by case id.")],
+    reference: Annotated[Path, typer.Option(help="Dataset, or folder of masks named by case id.")],
+    out: Annotated[Path, typer.Option(help="Folder for cases.csv, summary.csv and summary.json.")],
+    cases: CaseChoice = None,
+    splits: Splits = None,
+    track: Store = Path(),
+    no_track: NoTrack = False,
+    json: Json = False,
+) -> None:
+    """Score masks against a reference: per-case table and summary.
+
+    Example: medseg evaluate --predictions masks --reference data_specs/hippocampus.yaml --out scores
+    """
+    from medseg import api
+
+    result = api.evaluate(
+        predictions,
+        reference,
+        out=out,
+        cases=None if cases is None else cases.value,
+        splits=splits,
+        track=None if no_track else track,
+    )
+    if json:
+        typer.echo((out / "summary.json").read_text(encoding="utf-8"))
+    else:
+        console.print(_summary_table(result))
+        console.print(f"Per-case table: {out / 'cases.csv'}", highlight=False)
+
+
+@app.command()
+def report(
+    evaluation: Annotated[Path, typer.Option(help="Output folder of medseg evaluate.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page.")],
+    against: Annotated[Path | None, typer.Option(help="Another evaluation of the same cases, to compare with.")] = None,
+) -> None:
+    """Write a study report as one offline page.
+
+    Example: medseg report --evaluation scores --out report
+    """
+    from medseg import api
+
+    console.print(f"Page: {api.report(evaluation, out=out, against=against)}", highlight=False)
+
+
+@app.command()
+def retrain(
+    config: Annotated[Path, typer.Argument(help="YAML of the retraining job, see pipelines/retraining.py.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    json: Json = False,
+) -> None:
+    """One tick of scheduled retraining: a new model is promoted only if it is proven better.
+
+    Exit codes: 0 promoted, 10 trained but not promoted, 20 no new data, 1 error.
+
+    Example: medseg retrain retraining.yaml
+    """
+    from medseg import api
+
+    result = api.retrain(config, dry_run=dry_run, display=_display())
+    typer.echo(_as_json(result.to_dict()) if json else result.describe())
+    raise typer.Exit(result.exit_code)
+
+
+models = typer.Typer(help="The model registry.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def list_models(
+    name: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
+    track: Store = Path(),
+    json: Json = False,
+) -> None:
+    """List registered models with their aliases."""
+    from dataclasses import asdict
+
+    from medseg.tracking import list_versions
+
+    rows = list_versions(track, name)
+    if json:
+        typer.echo(_as_json([asdict(row) for row in rows]))
+        return
+    for row in rows:
+        console.print(f"{row.name} {row.version}  {', '.join(row.aliases) or '-'}", highlight=False)
+    if not rows:
+        console.print("No model is registered here.", highlight=False)
+
+
+@models.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int, typer.Argument(help="Version that becomes the champion.")],
+    track: Store = Path(),
+) -> None:
+    """Make a version the champion; the former one becomes `previous`."""
+    from medseg.retraining import promote_version
+
+    console.print(promote_version(track, name, version), highlight=False)
+
+
+@models.command()
+def rollback(name: Annotated[str, typer.Argument(help="Registered model.")], track: Store = Path()) -> None:
+    """Give the alias champion back to the version that had it before."""
+    from medseg.retraining import roll_back
+
+    console.print(roll_back(track, name), highlight=False)
+
+
+@app.command()
+def info(json: Json = False) -> None:
+    """Versions, devices, memory and the tables of kinds (networks, losses, readers, ...)."""
+    from medseg.info import gather
+
+    facts = gather()
+    if json:
+        typer.echo(_as_json(facts))
+        return
+    for key, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        console.print(f"{key}: {text}", highlight=False, markup=False)
+
+
+def _display() -> Any:
+    from medseg.display import Display
+
+    return Display(console)
+
+
+def _model(text: str, store: Path) -> Path:
+    """Return a local folder for a path or for models:/NAME@ALIAS (fetched once into the store's folder)."""
+    if not text.startswith("models:/"):
+        return Path(text)
+    from medseg.tracking import fetch
+
+    return fetch(store, text, store / "models")
+
+
+def _as_json(value: Any) -> str:
+    import json
+
+    return json.dumps(value, indent=1, sort_keys=True, default=str)
+
+
+def _print_batch(result: Any) -> None:
+    for entry in result.entries:
+        where = result.origins.get(entry.id, "")
+        if entry.state != "done":
+            errors.print(
+                f"{entry.id} ({where}): {entry.state} {entry.code}: {entry.message}", highlight=False, markup=False
+            )
+    done = len(result.select("done"))
+    console.print(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}", highlight=False)
+
+
+def _summary_table(result: Any) -> Any:
+    from rich.table import Table
+
+    table = Table("label", "metric", "n", "used", "imputed", "mean", "median", "q1", "q3", "unit")
+    for row in result.summary:
+        numbers = [("" if v is None else f"{v:.3f}") for v in (row.mean, row.median, row.q1, row.q3)]
+        table.add_row(row.label, row.metric, str(row.n_total), str(row.n_used), str(row.n_imputed), *numbers, row.unit)
+    return table
+
+
+def main() -> None:
+    """Run the command line; a MedsegError becomes a message and an exit code."""
+    try:
+        app()
+    except MedsegError as error:
+        if os.environ.get("MEDSEG_DEBUG"):
+            raise
+        errors.print(f"Error [{error.code}]: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2 if type(error) is ConfigError else 1)
+    except KeyboardInterrupt:
+        errors.print("Interrupted; the same command goes on from here.", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

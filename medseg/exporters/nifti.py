@@ -1,0 +1,37 @@
+"""Masks as NIfTI files, read back before they count."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from medseg.errors import ExportError
+from medseg.files import write_atomically
+from medseg.readers.nifti import read_nifti
+from medseg.volume import Volume, same_grid
+
+
+def write_nifti(path: Path, mask: Volume) -> None:
+    """Write a label map (1, I, J, K) as .nii.gz with its affine as sform and, where it is a rotation, as qform.
+
+    The file carries no time stamp, so that the same mask is the same bytes.
+
+    Raises
+    ------
+    ExportError : it cannot be written, or what is read back differs.
+    """
+
+    def write(temporary: Path) -> None:
+        image = nibabel.Nifti1Image(np.ascontiguousarray(mask.array[0]), mask.affine)
+        image.header.set_xyzt_units("mm" if mask.unit == "mm" else "unknown")
+        image.set_sform(mask.affine, code=1)
+        image.set_qform(mask.affine if mask.orthogonal else None, code=1 if mask.orthogonal else 0)
+        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
+        found = read_nifti(temporary)
+        if not (same_grid(found, mask) and np.array_equal(found.array, mask.array)):
+            raise ExportError(f"{path.name}: what was written reads back differently", code="READ_BACK")
+
+    write_atomically(path, write)

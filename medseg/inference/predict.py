@@ -1,0 +1,74 @@
+"""A model in memory and the way from an image to its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from medseg.bundle import Bundle, load_networks, open_bundle
+from medseg.device import best_device
+from medseg.errors import BundleError
+from medseg.inference.sliding_window import slide
+from medseg.preparation.path import prediction_path
+from medseg.preparation.preprocess import as_meta_tensor, restore
+from medseg.targets import background_logits, decode
+from medseg.volume import Volume
+
+
+@dataclass(frozen=True)
+class Model:
+    """A verified bundle with its networks on a device."""
+
+    bundle: Bundle
+    networks: Sequence[nn.Module]
+    device: torch.device
+
+
+def load_model(path: Path, *, device: torch.device | None = None) -> Model:
+    """Open a run folder or a bundle and put its networks on the device (the GPU if there is one).
+
+    Raises
+    ------
+    BundleError : there is no model, or it is damaged.
+    """
+    device = device or best_device()
+    bundle = open_bundle(path)
+    return Model(bundle, [network.to(device) for network in load_networks(bundle)], device)
+
+
+@torch.inference_mode()
+def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -> Volume:
+    """Segment one image.
+
+    Parameters
+    ----------
+    image : (channels, I, J, K) with the channels of the model's spec.
+    mirror : average over mirrored inputs; unless told, as the plan says.
+
+    Returns
+    -------
+    Volume : (1, I, J, K) label values of the spec, on the grid of `image` with its very affine.
+
+    Raises
+    ------
+    BundleError : the image has another number of channels, or the network answers with NaN.
+    """
+    plan, spec = model.bundle.info.plan, model.bundle.info.spec
+    if image.array.shape[0] != len(spec.channels):
+        raise BundleError(
+            f"the image has {image.array.shape[0]} channel(s), the model needs {len(spec.channels)}: "
+            f"{', '.join(spec.channels)}",
+            code="CHANNEL_COUNT",
+        )
+    data = prediction_path(plan)({"image": as_meta_tensor(image).float()})
+    mirror = plan.test_mirroring if mirror is None else mirror
+    prepared = data["image"].as_tensor().to(model.device)
+    logits = slide(prepared, model.networks, plan, mirror=mirror).cpu()
+    if not torch.isfinite(logits).all():
+        raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
+    logits = restore(logits, data["steps"], fill=background_logits(spec))
+    return image.with_array(decode(spec, logits).numpy())

@@ -1,0 +1,324 @@
+"""From a fingerprint to a plan: a pure function of fingerprint, budget and measured step times.
+
+In two moves: ``draft`` fixes what the data decide (spacing, patch, strides) and lists the network widths worth
+measuring; ``decide`` picks the width and the precision that the budget allows, by the step times measured here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from medseg.errors import PlanError
+from medseg.planning.fingerprint import Fingerprint
+from medseg.planning.plan import Augmentation, Measured, NetworkPlan, Normalise, Plan, Spacing, Triple
+from medseg.spec import Channel, Spec
+
+PATCH_VOXELS = {("cpu", 3): 160_000, ("cpu", 2): 256 * 256, ("cuda", 3): 128**3, ("cuda", 2): 512 * 512}
+BATCH_VOXELS = {"cpu": 200_000, "cuda": 4_200_000}
+MAX_STAGES = 6
+MIN_SIZE = 4
+WIDTHS: dict[str, tuple[int, ...]] = {
+    "narrow": (8, 32, 64, 128, 256, 256),
+    "middle": (16, 64, 128, 256, 320, 320),
+    "wide": (32, 64, 128, 256, 320, 320),
+}
+"""Channels by stage. Full resolution costs most of the time and gains least from channels, so it is kept thin."""
+ENOUGH_STEPS = {"narrow": 0, "middle": 6_000, "wide": 30_000}
+"""Steps that a width must get within the budget to be worth its price (benchmarks/hippocampus.py)."""
+ENOUGH_PASSES = 10
+"""How often every training voxel should be seen; below it the spacing is made coarser."""
+MIRROR_SECONDS = 30.0
+"""Longest prediction of a median case that is still mirrored."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What the data decide, before anything is measured.
+
+    Attributes
+    ----------
+    strides, kernels : of the network's stages, per axis (two or three axes).
+    widths : name -> channels by stage, the candidates to measure.
+    reasons : plan key -> why.
+    """
+
+    dimensions: Literal[2, 3]
+    orientation: str
+    spacing: Spacing
+    patch_size: Triple
+    batch_size: int
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+    widths: dict[str, tuple[int, ...]]
+    voxels: float
+    reasons: dict[str, str]
+
+    def network(self, width: str) -> NetworkPlan:
+        """Return the network plan of one candidate."""
+        options: dict[str, Any] = {
+            "features": list(self.widths[width]),
+            "strides": [list(s) for s in self.strides],
+            "kernels": [list(k) for k in self.kernels],
+        }
+        return NetworkPlan(name="unet", options=options)
+
+
+def draft(
+    spec: Spec,
+    fingerprint: Fingerprint,
+    *,
+    device: str,
+    coarser: float = 1.0,
+    dimensions: Literal[2, 3] | None = None,
+) -> Draft:
+    """Decide what follows from the data alone.
+
+    Parameters
+    ----------
+    device : "cpu" or "cuda", for the size of patch and batch.
+    coarser : factor on the spacing, when the budget cannot cover the data at their own.
+    dimensions : forces a 2-D or a 3-D plan.
+    """
+    shape, spacing = fingerprint.median_shape, fingerprint.median_spacing
+    dims, why_dims = (dimensions, "asked for") if dimensions else _dimensions(spec, shape)
+    axes, why_axes = _slice_last(shape, spacing, dims)
+    orientation = "".join("RAS"[a] for a in axes)
+    target, why_spacing = _target_spacing(spec, fingerprint, coarser)
+    target = (target[axes[0]], target[axes[1]], target[axes[2]])
+    size = [max(1.0, shape[a] * spacing[a] / t) for a, t in zip(axes, target, strict=True)]
+    limit = PATCH_VOXELS[(device, dims)]
+    patch = _patch(size, dims, limit)
+    strides, kernels = _stages(patch, target, dims)
+    multiple = [math.prod(s[a] for s in strides) for a in range(dims)] + [1] * (3 - dims)
+    i, j, k = (math.ceil(p / m) * m for p, m in zip(patch, multiple, strict=True))
+    batch = max(2, min(32, BATCH_VOXELS[device] // (i * j * k)))
+    depth = len(strides) + 1
+    sizes = "×".join(f"{n:.0f}" for n in size)
+    reasons = {
+        "dimensions": why_dims,
+        "orientation": why_axes,
+        "spacing": why_spacing,
+        "patch_size": f"The median case has {sizes} voxels at this spacing; a patch covers it up to {limit} voxels "
+        f"on a {device}, rounded up to the total stride {multiple}.",
+        "batch_size": f"About {BATCH_VOXELS[device]} voxels a step on a {device}, at least two patches.",
+    }
+    return Draft(
+        dimensions=dims,
+        orientation=orientation,
+        spacing=target,
+        patch_size=(i, j, k),
+        batch_size=batch,
+        strides=tuple(strides),
+        kernels=tuple(kernels),
+        widths={name: row[:depth] for name, row in WIDTHS.items()},
+        voxels=fingerprint.cases * float(np.prod(size)),
+        reasons=reasons,
+    )
+
+
+def _dimensions(spec: Spec, shape: Triple) -> tuple[Literal[2, 3], str]:
+    if spec.unit == "pixel" or min(shape) < 8:
+        return 2, f"The median case has {min(shape)} slices: too few for a third dimension."
+    return 3, f"The median case has {'×'.join(map(str, shape))} voxels: neighbours along every axis inform."
+
+
+def _slice_last(shape: Triple, spacing: Spacing, dimensions: int) -> tuple[tuple[int, int, int], str]:
+    if dimensions == 3:
+        return (0, 1, 2), "Axes of every case are turned to point right, anterior, superior."
+    slices = max(range(3), key=lambda a: (round(spacing[a], 3), -shape[a]))
+    first, second = [a for a in range(3) if a != slices]
+    return (first, second, slices), f"Slices run along the axis with the largest spacing ({spacing[slices]:g})."
+
+
+def _target_spacing(spec: Spec, fingerprint: Fingerprint, coarser: float) -> tuple[Spacing, str]:
+    if spec.spacing is not None:
+        return spec.spacing, "Set in the dataset spec."
+    spacing = list(fingerprint.median_spacing)
+    why = "Median of the cases along each axis"
+    worst = int(np.argmax(spacing))
+    others = [s for a, s in enumerate(spacing) if a != worst]
+    if spacing[worst] > 3 * max(others):
+        spacing[worst] = max(fingerprint.spacings[1][worst], *others)
+        why += f"; axis {'RAS'[worst]} is far coarser, so its finer cases (10th percentile) are kept"
+    if coarser > 1:
+        spacing = [max(s, min(spacing) * coarser) for s in spacing]
+        why += f", made {coarser:.3g} times coarser because the budget cannot cover the voxels at full resolution"
+    return (round(spacing[0], 5), round(spacing[1], 5), round(spacing[2], 5)), why + "."
+
+
+def _patch(size: list[float], dimensions: int, limit: int) -> list[int]:
+    """Shrink the longest axis until the patch fits the limit."""
+    patch = [max(1, math.ceil(n)) for n in size]
+    if dimensions == 2:
+        patch[2] = 1
+    while math.prod(patch) > limit:
+        longest = max(range(3), key=lambda a: patch[a])
+        patch[longest] = math.ceil(patch[longest] * 0.95) if patch[longest] > 20 else patch[longest] - 1
+    return patch
+
+
+def _stages(patch: list[int], spacing: Spacing, dimensions: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Halve the axes that are still long and fine enough, as nnU-Net does (Isensee et al. 2021, supplement)."""
+    size, step = [float(n) for n in patch[:dimensions]], list(spacing[:dimensions])
+    strides: list[tuple[int, ...]] = []
+    kernels: list[tuple[int, ...]] = [tuple(3 if s < 2 * min(step) else 1 for s in step)]
+    while len(strides) < MAX_STAGES - 1:
+        stride = tuple(2 if n / 2 >= MIN_SIZE and s < 2 * min(step) else 1 for n, s in zip(size, step, strict=True))
+        if max(stride) == 1:
+            break
+        size = [n / t for n, t in zip(size, stride, strict=True)]
+        step = [s * t for s, t in zip(step, stride, strict=True)]
+        strides.append(stride)
+        kernels.append(tuple(3 if s < 2 * min(step) else 1 for s in step))
+    if not strides:
+        raise PlanError(
+            f"images of {patch} voxels are too small to learn from; at least {2 * MIN_SIZE} along an axis are needed"
+        )
+    return strides, kernels
+
+
+def needed_coarseness(sketch: Draft, step_seconds: float, budget_seconds: float) -> float:
+    """Return the factor on the spacing at which the budget sees every voxel ENOUGH_PASSES times, 1 to 4."""
+    seen = budget_seconds / step_seconds * sketch.batch_size * math.prod(sketch.patch_size)
+    axes = sketch.dimensions
+    return float(min(4.0, max(1.0, (ENOUGH_PASSES * sketch.voxels / seen) ** (1 / axes))))
+
+
+def decide(
+    spec: Spec,
+    fingerprint: Fingerprint,
+    sketch: Draft,
+    measured: Measured,
+    *,
+    budget_seconds: float | None,
+    training_seconds: float | None,
+    steps: int | None,
+    seed: int,
+) -> tuple[Plan, dict[str, str]]:
+    """Complete a draft to a plan, with the reason of every value.
+
+    Parameters
+    ----------
+    measured : step times under the names "<width> <precision>".
+    budget_seconds : wall time of the whole command; None for a run by steps.
+    training_seconds : what of it is left for the loop of one fold.
+    steps : fixed number of steps; exactly one of `training_seconds` and `steps` is given.
+
+    Raises
+    ------
+    PlanError : the budget is too small for a single step.
+    """
+    width, precision = _choose(sketch, measured.step_seconds, training_seconds)
+    seconds = measured.step_seconds[f"{width} {precision}"]
+    expected = steps if steps is not None else int((training_seconds or 0) / seconds)
+    if expected < 1:
+        raise PlanError(
+            f"the budget leaves {training_seconds:.0f} s to learn and one step takes {seconds:.1f} s here; "
+            "give a larger --budget"
+        )
+    mirror, why_mirror = _mirror_axes(spec, sketch)
+    case_voxels = sketch.voxels / fingerprint.cases
+    windows = max(1.0, case_voxels / math.prod(sketch.patch_size) * 2**sketch.dimensions)
+    predict = windows * seconds / sketch.batch_size / 3 * 2 ** len(mirror)
+    plan = Plan(
+        dataset=spec.name,
+        dimensions=sketch.dimensions,
+        orientation=sketch.orientation,
+        spacing=sketch.spacing,
+        normalisation=_normalisation(spec, fingerprint),
+        patch_size=sketch.patch_size,
+        batch_size=sketch.batch_size,
+        network=sketch.network(width),
+        loss="dice_ce",
+        foreground_share=0.5,
+        augmentation=Augmentation(mirror_axes=mirror),
+        learning_rate=2e-3,
+        weight_decay=1e-2,
+        warmup=0.05,
+        averaging=round(1 - 1 / max(10.0, 0.03 * expected), 6),
+        precision=precision,
+        steps=expected,
+        validations=10,
+        overlap=0.5,
+        test_mirroring=predict <= MIRROR_SECONDS,
+        seed=seed,
+        budget_seconds=budget_seconds,
+        measured=measured,
+        fingerprint=fingerprint,
+    )
+    reasons = {
+        **sketch.reasons,
+        "normalisation": "CT holds Hounsfield units: clipped and scaled by the dataset's foreground. "
+        "Other images have no common scale: each by its own mean and deviation.",
+        "network": f"Width {width!r}: measured {seconds:.3f} s a step, {expected} steps; a wider one would not get "
+        "the steps it needs. Axes are halved while they are long and fine enough.",
+        "loss": "Dice for the overlap that is scored, cross-entropy for gradients everywhere.",
+        "foreground_share": "At least half of a batch is centred on a label, so that small ones are seen.",
+        "augmentation": why_mirror,
+        "learning_rate": "Full rate of AdamW; it rises over the warm-up and falls to zero at the end.",
+        "averaging": "The weights that predict are a running average over about 3 % of the steps.",
+        "precision": f"The fastest measured on this machine ({measured.device}).",
+        "steps": "Expected from the measured step time and the budget; the clock decides."
+        if training_seconds is not None
+        else "Asked for.",
+        "test_mirroring": f"Predicting a median case with mirroring is expected to take {predict:.1f} s here.",
+        "measured": "Step times of each candidate on this machine, in seconds.",
+        "fingerprint": "What the dataset is; the plan follows from it.",
+    }
+    return plan, reasons
+
+
+def _choose(
+    sketch: Draft, step_seconds: Mapping[str, float], training_seconds: float | None
+) -> tuple[str, Literal["bf16", "fp16", "fp32"]]:
+    """Return the widest candidate that gets enough steps, and its fastest precision."""
+    best: tuple[str, Literal["bf16", "fp16", "fp32"]] | None = None
+    for width in sketch.widths:
+        rows: dict[Literal["bf16", "fp16", "fp32"], float] = {}
+        for name in ("fp32", "bf16", "fp16"):
+            if f"{width} {name}" in step_seconds:
+                rows[name] = step_seconds[f"{width} {name}"]
+        if not rows:
+            continue
+        fastest = min(rows, key=lambda name: rows[name])
+        enough = training_seconds is None or training_seconds / rows[fastest] >= ENOUGH_STEPS[width]
+        if best is None or (enough and training_seconds is not None):
+            best = (width, fastest)
+    if best is None:
+        raise PlanError("no step time was measured")
+    return best
+
+
+def _normalisation(spec: Spec, fingerprint: Fingerprint) -> dict[str, Normalise]:
+    rows = {}
+    for name, channel in spec.channels.items():
+        scheme = _scheme(channel)
+        facts = fingerprint.channels[name]
+        if scheme == "ct":
+            rows[name] = Normalise(
+                scheme="ct", low=facts.low, high=facts.high, mean=facts.mean, deviation=max(facts.deviation, 1e-3)
+            )
+        else:
+            rows[name] = Normalise(scheme=scheme)
+    return rows
+
+
+def _scheme(channel: Channel) -> Literal["zscore", "ct", "none"]:
+    if channel.normalisation != "auto":
+        return channel.normalisation
+    return "ct" if channel.modality.upper() == "CT" else "zscore"
+
+
+def _mirror_axes(spec: Spec, sketch: Draft) -> tuple[tuple[int, ...], str]:
+    """Mirror every axis of the patch, but not left-right when labels tell the sides apart."""
+    words = {word for name in spec.foreground for word in name.lower().replace("-", "_").split("_")}
+    axes = tuple(range(sketch.dimensions))
+    if words & {"left", "right", "l", "r"}:
+        axes = tuple(a for a in axes if sketch.orientation[a] not in "RL")
+        return axes, "Labels name left and right, so the left-right axis is not mirrored."
+    return axes, "No label names a side, so every axis may be mirrored."

@@ -1,0 +1,232 @@
+"""The training loop, readable from top to bottom."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.transforms import Compose
+from torch import Tensor, nn
+
+from medseg.bundle import make_network
+from medseg.device import autocast
+from medseg.errors import TrainingError
+from medseg.inference.sliding_window import slide
+from medseg.losses import LOSSES, deep_supervision
+from medseg.planning.plan import Plan
+from medseg.preparation.augment import augment
+from medseg.preparation.cache import CaseCache
+from medseg.preparation.path import after_cache
+from medseg.preparation.sampling import draws
+from medseg.spec import Case, Spec
+from medseg.targets import decode, encode, exclusive
+from medseg.training.schedule import Schedule
+from medseg.training.state import LoopState, load_state, mean_dice, save_state
+
+CHECKPOINT_SECONDS = 30.0
+GRADIENT_NORM = 12.0
+"""Gradients are cut to this norm, as nnU-Net does: one bad batch must not throw the weights away."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train.
+
+    Attributes
+    ----------
+    path : the training path (see preparation.path); its cache holds all cases.
+    train, validation : cases.
+    checkpoint : file of the LoopState.
+    digest : what the checkpoint belongs to.
+    """
+
+    spec: Spec
+    plan: Plan
+    path: Compose
+    cache: CaseCache
+    train: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    checkpoint: Path
+    digest: str
+    device: torch.device
+
+
+Watcher = Callable[[LoopState, Schedule, float], None]
+"""Told (state, schedule, seconds of a step) after every step and every validation."""
+
+
+def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watcher = lambda *_: None) -> LoopState:
+    """Train until the schedule ends, from the checkpoint if there is one; return the final state.
+
+    Raises
+    ------
+    TrainingError : the loss is not a number any more; the checkpoint cannot be used.
+    """
+    learner = Learner(job)
+    if job.checkpoint.exists():
+        learner.restore(load_state(job.checkpoint, job=job.digest))
+    state = learner.state
+    schedule = schedule_for(state)
+    saved = resumed = time.monotonic()
+    spent = state.seconds
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read_batch, job, state.step)
+        while (factor := schedule.factor(state.step)) is not None:
+            images, masks = ahead.result()
+            ahead = reader.submit(read_batch, job, state.step + 1)
+            began = time.monotonic()
+            learner.step(images, masks, factor)
+            state.seconds = spent + time.monotonic() - resumed
+            watch(state, schedule, time.monotonic() - began)
+            due = schedule.validate_after(state.step - 1)
+            if due:
+                learner.validate()
+                state.seconds = spent + time.monotonic() - resumed
+                watch(state, schedule, 0.0)
+            if due or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                learner.save()
+                saved = time.monotonic()
+        ahead.cancel()
+    if not state.validations or state.validations[-1]["step"] != state.step:
+        learner.validate()
+        watch(state, schedule, 0.0)
+    learner.save()
+    return state
+
+
+def read_batch(job: Job, step: int) -> tuple[Tensor, Tensor]:
+    """Return the regions of a step: images (B, C, *R) and masks (B, 1, *R), a pure function of plan and step."""
+    rows = draws(
+        seed=job.plan.seed,
+        step=step,
+        batch_size=job.plan.batch_size,
+        cases=len(job.train),
+        foreground_share=job.plan.foreground_share,
+    )
+    pick = after_cache(job.path)
+    images, masks = [], []
+    for row in rows:
+        job.path.set_random_state(seed=row.seed)
+        region = pick({**job.cache(job.train[row.case_index]), "foreground": row.foreground})
+        images.append(region["image"].as_tensor())
+        masks.append(region["mask"].as_tensor())
+    return torch.stack(images), torch.stack(masks)
+
+
+class Learner:
+    """Network, running average and optimizer, and the three things done with them: step, validate, save."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        torch.manual_seed(job.plan.seed)
+        layout = torch.channels_last_3d if job.plan.dimensions == 3 else torch.channels_last
+        self.network = make_network(job.spec, job.plan).to(job.device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.layout = layout
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=job.plan.learning_rate, weight_decay=job.plan.weight_decay
+        )
+        self.loss = LOSSES[job.plan.loss]
+        self.state = LoopState()
+
+    def step(self, images: Tensor, masks: Tensor, factor: float) -> None:
+        """Augment a batch, learn from it, and move the running average."""
+        plan, state = self.job.plan, self.state
+        seed = int(np.random.default_rng((plan.seed, 3, state.step)).integers(2**62))
+        images, masks = augment(
+            images.to(self.job.device),
+            masks.to(self.job.device),
+            plan.augmentation,
+            plan.patch_size,
+            seed=seed,
+            dimensions=plan.dimensions,
+        )
+        if plan.dimensions == 2:
+            images, masks = images[..., 0], masks[..., 0]
+        target, valid = encode(self.job.spec, masks)
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.learning_rate * factor
+        with autocast(self.job.device.type, plan.precision):
+            levels = self.network.forward_levels(images.contiguous(memory_format=self.layout))
+        loss = deep_supervision(self.loss, levels, target, valid, exclusive(self.job.spec))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {state.step}: the training diverged. The last checkpoint is kept; "
+                "train again in another --out with --set precision=fp32, or a lower --set learning_rate="
+            )
+        self.optimizer.step()
+        self._move_average(min(plan.averaging, (1 + state.step) / (10 + state.step)))
+        state.step += 1
+        state.factors.append(factor)
+        state.losses.append(value)
+
+    @torch.no_grad()
+    def _move_average(self, decay: float) -> None:
+        pairs = zip(self.average.parameters(), self.network.parameters(), strict=True)
+        for average, current in pairs:
+            average.lerp_(current, 1 - decay)
+
+    def validate(self) -> None:
+        """Score the running average on the validation cases, on the prepared grid and without mirroring."""
+        rows = [self._case_dice(case) for case in self.job.validation]
+        labels = self.job.spec.foreground
+        dice = {}
+        for label in labels:
+            scored = [row[label] for row in rows if label in row]
+            if scored:
+                dice[label] = float(np.mean(scored))
+        self.state.validations.append({"step": self.state.step, "seconds": self.state.seconds, "dice": dice})
+        if mean_dice(dice) > self.state.best_dice:
+            self.state.best_dice = mean_dice(dice)
+            self.state.best = _copy(self.average)
+
+    def _case_dice(self, case: Case) -> dict[str, float]:
+        """Return the Dice of each label that the reference of a case holds."""
+        arrays = self.job.cache(case)
+        image = torch.from_numpy(np.array(arrays["image"])).to(self.job.device)
+        found = decode(self.job.spec, slide(image, [self.average], self.job.plan, mirror=False)).cpu().numpy()
+        mask = np.asarray(arrays["mask"])
+        known = mask != self.job.spec.ignore if self.job.spec.ignore is not None else np.ones(mask.shape, bool)
+        dice = {}
+        for label, value in self.job.spec.foreground.items():
+            reference, predicted = (mask == value) & known, (found == value) & known
+            if reference.any():
+                dice[label] = float(2 * (reference & predicted).sum() / (reference.sum() + predicted.sum()))
+        return dice
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = self.state
+        state.weights, state.average = _copy(self.network), _copy(self.average)
+        names = [name for name, _ in self.network.named_parameters()]
+        moments = self.optimizer.state_dict()["state"]
+        state.moments = {f"{names[i]}/{key}": value for i, row in moments.items() for key, value in row.items()}
+        save_state(self.job.checkpoint, state, job=self.job.digest)
+
+    def restore(self, state: LoopState) -> None:
+        """Go on from a state."""
+        self.state = state
+        self.network.load_state_dict(state.weights)
+        self.average.load_state_dict(state.average)
+        numbers = {name: i for i, (name, _) in enumerate(self.network.named_parameters())}
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.moments.items():
+            name, _, kind = key.rpartition("/")
+            moments.setdefault(numbers[name], {})[kind] = value
+        whole = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**whole, "state": moments})
+
+
+def _copy(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}

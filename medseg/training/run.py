@@ -1,0 +1,386 @@
+"""The train command: dataset -> fingerprint -> plan -> cache -> folds -> bundle -> validation table -> tracking.
+
+    RUN/1_dataset.json  2_fingerprint.json  3_plan.yaml  4_cache/  5_folds/<k>/{checkpoint,curves,validation}/
+        6_model/ (the bundle)  7_report/ (curves, overlays)
+
+Each stage is skipped when its artefact is there, so that the same command goes on where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medseg.bundle import MODEL_FILE, Bundle, open_bundle
+from medseg.device import best_device
+from medseg.display import Display, clock
+from medseg.errors import TrainingError
+from medseg.files import digest, write_json
+from medseg.planning.fingerprint import Fingerprint, take_fingerprint
+from medseg.planning.plan import Plan, override, read_plan, write_plan
+from medseg.planning.planner import decide, draft, needed_coarseness
+from medseg.preparation.cache import CaseCache, prepare_cases, source_digest
+from medseg.preparation.path import training_path, up_to_cache
+from medseg.spec import Case, Dataset, load_dataset, spec_digest
+from medseg.tracking import Tracker, start
+from medseg.training.calibrate import measure
+from medseg.training.finish import FinishTimes, finish_run, measure_finish
+from medseg.training.folds import Fold, make_folds, refuse_leaks
+from medseg.training.loop import Job, fit
+from medseg.training.schedule import ByClock, ByRecord, BySteps, Schedule
+from medseg.training.state import LoopState, job_digest, load_state, mean_dice
+
+CALIBRATION_SHARE = 0.03
+"""Largest share of a budget that is spent on measuring step times."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; kept in the run folder so that only the same request resumes it."""
+
+    budget: float | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    folds: int | None = None
+    fold: int | None = None
+    network: str | None = None
+    settings: tuple[str, ...] = ()
+    seed: int = 0
+    plan: Path | None = None
+    replay: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a training ended.
+
+    Attributes
+    ----------
+    run : the run folder.
+    model : the bundle's folder.
+    dice : label -> mean validation Dice of the final networks, on the source grids.
+    steps : steps done, over all folds.
+    seconds : wall time of the command.
+    """
+
+    run: Path
+    model: Path
+    dice: dict[str, float]
+    steps: int
+    seconds: float
+
+
+def train(
+    dataset_path: Path,
+    *,
+    out: Path,
+    request: Request,
+    splits: Path | None = None,
+    began: float | None = None,
+    track: Path | None = None,
+    model_name: str | None = None,
+    display: Display | None = None,
+) -> TrainResult:
+    """Train on the training cases of a dataset and write a model that predicts.
+
+    Parameters
+    ----------
+    out : run folder; an unfinished run of the same request in it is resumed, a finished one is returned.
+    request : budget or steps, folds, seed, ...
+    began : time.monotonic() at which the budget began (process start for the command line); now unless told.
+    track : folder of the MLflow store; None tracks nothing.
+    model_name : name in the model registry, with alias "candidate"; the dataset's name unless told.
+
+    Raises
+    ------
+    SpecError, TrainingError, PlanError : the data, the request or the run folder do not fit; the message says what.
+    """
+    began = time.monotonic() if began is None else began
+    display = display or Display(None)
+    dataset = load_dataset(dataset_path, splits=splits)
+    refuse_leaks(dataset.cases)
+    cases = dataset.select("train")
+    with display:
+        manifest = _open_run(out, dataset, cases, request)
+        if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():
+            display.say(f"{out}: this training is complete; nothing to do")
+            return _result(out, began)
+        shutil.rmtree(out / "6_model", ignore_errors=True)
+        work = _Work(dataset, cases, out, request, manifest["digest"], began, display, best_device())
+        fingerprint = work.fingerprint()
+        plan = work.plan(fingerprint)
+        with start(
+            track or out,
+            experiment=dataset.spec.name,
+            run_name=out.resolve().name,
+            run_id=_previous_run(out),
+            enabled=track is not None,
+        ) as tracker:
+            write_json(out / "tracking.json", {"run_id": tracker.run_id})
+            _track_plan(tracker, plan, manifest, out)
+            jobs = work.jobs(plan)
+            states = work.fit_all(jobs, tracker)
+            finish_run(out, jobs, states, manifest["digest"], tracker, model_name or dataset.spec.name, display)
+        steps = sum(state.step for state in states)
+        write_json(out / "done.json", {"steps": steps})
+        return _result(out, began)
+
+
+def _open_run(out: Path, dataset: Dataset, cases: tuple[Case, ...], request: Request) -> dict[str, Any]:
+    """Write 1_dataset.json and request.json, or compare them with those of the run that is to be resumed."""
+    rows = [{"id": c.id, "patient": c.patient, "source": source_digest_of(c)} for c in cases]
+    held = [{"id": c.id, "patient": c.patient} for c in dataset.select("test")]
+    content = {"spec": spec_digest(dataset.spec), "train": rows, "test": held}
+    manifest = {**content, "name": dataset.spec.name, "digest": digest(content)}
+    asked = json.loads(json.dumps(request.__dict__, default=lambda p: digest(Path(p).resolve().name)))
+    for name, value, what in (("1_dataset.json", manifest, "data"), ("request.json", asked, "options")):
+        file = out / name
+        if not file.exists():
+            write_json(file, value)
+        elif json.loads(file.read_text(encoding="utf-8")) != value:
+            raise TrainingError(
+                f"{out}: this run was started with other {what}; run it with the same {what} to resume it, or choose "
+                "another --out",
+                code="RUN_DIFFERS",
+            )
+    return manifest
+
+
+def source_digest_of(case: Case) -> str:
+    """Return the digest of a case's files, or raise TrainingError naming the case."""
+    try:
+        return source_digest(case)
+    except OSError as error:
+        raise TrainingError(
+            f"case {case.id}: a file cannot be read ({error.strerror}); medseg check lists all"
+        ) from error
+
+
+def _previous_run(out: Path) -> str | None:
+    file = out / "tracking.json"
+    return json.loads(file.read_text(encoding="utf-8"))["run_id"] if file.exists() else None
+
+
+def _track_plan(tracker: Tracker, plan: Plan, manifest: dict[str, Any], out: Path) -> None:
+    values = plan.model_dump(mode="json", exclude={"fingerprint"})
+    tracker.params({"plan": values})
+    tracker.tags({"plan_digest": plan.digest, "dataset_digest": manifest["digest"]})
+    tracker.dataset(manifest["name"], manifest["digest"], "training")
+    tracker.artifact(out / "3_plan.yaml")
+    tracker.artifact(out / "2_fingerprint.json")
+
+
+def _result(out: Path, began: float) -> TrainResult:
+    bundle: Bundle = open_bundle(out)
+    told = bundle.info.training
+    return TrainResult(out, bundle.folder, dict(told["dice"]), int(told["steps"]), time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One training in progress."""
+
+    dataset: Dataset
+    cases: tuple[Case, ...]
+    out: Path
+    request: Request
+    data_digest: str
+    began: float
+    display: Display
+    device: torch.device
+
+    def fingerprint(self) -> Fingerprint:
+        """Take the fingerprint, or read the one taken before."""
+        file = self.out / "2_fingerprint.json"
+        if file.exists():
+            return Fingerprint.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        self.display.stage("reading")
+        fingerprint = take_fingerprint(self.dataset.spec, self.cases, progress=self.display.counted)
+        write_json(file, fingerprint.model_dump(mode="json"))
+        return fingerprint
+
+    def plan(self, fingerprint: Fingerprint) -> Plan:
+        """Make 3_plan.yaml, or read the one made before (or given)."""
+        file = self.out / "3_plan.yaml"
+        if file.exists():
+            return read_plan(file)
+        if self.request.plan or self.request.replay:
+            given = self.request.plan or (self.request.replay or Path()) / "3_plan.yaml"
+            plan = override(read_plan(given), self.request.settings)
+            reasons: dict[str, str] = {}
+        else:
+            self.display.stage("measuring step times")
+            plan, reasons = make_plan(self.dataset, fingerprint, self.request, self.device)
+        write_plan(file, plan, reasons)
+        return plan
+
+    def jobs(self, plan: Plan) -> list[Job]:
+        """Prepare all cases and describe each network to train."""
+        folds = make_folds(self.cases, folds=self.request.folds, seed=plan.seed)
+        if self.request.fold is not None:
+            folds = [_the_fold(folds, self.request.fold)]
+        cache = CaseCache(self.out / "4_cache", self.dataset.spec, plan)
+        path = training_path(self.dataset.spec, plan, cache)
+        self.display.stage("preparing")
+        prepare_cases(up_to_cache(path), cache, self.cases, progress=self.display.counted)
+        return [self._job(plan, fold, path, cache) for fold in folds]
+
+    def _job(self, plan: Plan, fold: Fold, path: Any, cache: CaseCache) -> Job:
+        place = self.out / "5_folds" / str(fold.number)
+        return Job(
+            spec=self.dataset.spec,
+            plan=plan,
+            path=path,
+            cache=cache,
+            train=fold.train,
+            validation=fold.validation,
+            checkpoint=place / "checkpoint" / "state.safetensors",
+            digest=job_digest(plan.digest, self.data_digest, fold.number, [c.id for c in fold.train]),
+            device=self.device,
+        )
+
+    def fit_all(self, jobs: list[Job], tracker: Tracker) -> list[LoopState]:
+        """Train one network after the other, sharing what is left of the budget."""
+        reserve = measure_finish(jobs[0]) if self.request.budget else FinishTimes(0, 0)
+        states: list[LoopState] = []
+        for number, job in enumerate(jobs):
+            done = job.checkpoint.with_name("finished.json")
+            if done.exists():
+                states.append(load_state(job.checkpoint, job=job.digest))
+                continue
+            left = len(jobs) - number
+            schedule = _scheduler(self, job, number, reserve, left)
+            self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
+            states.append(fit(job, schedule, watch=_Watch(self.display, tracker, job, number, len(jobs))))
+            write_json(done, {"steps": states[-1].step})
+        return states
+
+
+def _the_fold(folds: list[Fold], number: int) -> Fold:
+    if not 0 <= number < len(folds):
+        raise TrainingError(f"--fold {number}: there are folds 0 to {len(folds) - 1}; give --folds for another number")
+    return folds[number]
+
+
+def _scheduler(work: _Work, job: Job, number: int, reserve: FinishTimes, left: int) -> Any:
+    """Return state -> Schedule: as recorded (replay), by the clock (budget) or by steps."""
+    plan, request = job.plan, work.request
+
+    def choose(state: LoopState) -> Schedule:
+        if request.replay is not None:
+            record = _record(request.replay, number, job)
+            return ByRecord(record.factors, [row["step"] - 1 for row in record.validations])
+        if request.budget is None:
+            return BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
+        # a resumed command has used state.seconds before it began: they count as if they had been spent now
+        elapsed = time.monotonic() - work.began
+        remaining = request.budget - elapsed - state.seconds - reserve.total(left)
+        seconds = max(0.0, remaining) / left + state.seconds
+        return ByClock(seconds, spent=state.seconds, validations=plan.validations, warmup=plan.warmup)
+
+    return choose
+
+
+def _record(run: Path, number: int, job: Job) -> LoopState:
+    """Return the final state of the same fold of another run, which must have had the same plan and data."""
+    file = run / "5_folds" / str(number) / "checkpoint" / "state.safetensors"
+    if not file.with_name("finished.json").exists():
+        raise TrainingError(
+            f"--replay {run}: fold {number} of that run has not been finished; there is nothing to repeat"
+        )
+    return load_state(file, job=job.digest)
+
+
+class _Watch:
+    """Shows and tracks what the loop reports."""
+
+    def __init__(self, display: Display, tracker: Tracker, job: Job, number: int, folds: int) -> None:
+        self.display, self.tracker, self.job = display, tracker, job
+        self.prefix = f"fold_{number}/" if folds > 1 else ""
+        self._validated = -1
+        self._pace = 0.0
+
+    def __call__(self, state: LoopState, schedule: Schedule, step_seconds: float) -> None:
+        """Note a step (or, with 0 seconds, a validation)."""
+        if step_seconds:
+            self._pace = step_seconds if not self._pace else 0.95 * self._pace + 0.05 * step_seconds
+        last = state.validations[-1] if state.validations else None
+        recent = state.losses[-20:]
+        dice = f" Dice {mean_dice(last['dice']):.3f}" if last else ""
+        note = f"step {state.step} loss {sum(recent) / len(recent):.3f}{dice}"
+        left = clock(schedule.remaining(state.step, self._pace))
+        self.display.show(schedule.progress(state.step), f"{note} left {left}")
+        if last and last["step"] == state.step and state.step != self._validated:
+            self._validated = state.step
+            self.tracker.metrics(self._metrics(state, last["dice"]), step=state.step)
+            labels = ", ".join(f"{name} {value:.3f}" for name, value in last["dice"].items())
+            self.display.say(f"  step {state.step:5d}  {clock(state.seconds):>7}  validation Dice: {labels}")
+
+    def _metrics(self, state: LoopState, dice: dict[str, float]) -> dict[str, float]:
+        since = state.validations[-2]["step"] if len(state.validations) > 1 else 0
+        losses = state.losses[since:] or state.losses[-1:]
+        rows = {
+            "train_loss": sum(losses) / len(losses),
+            "learning_rate": self.job.plan.learning_rate * state.factors[-1],
+            "val_dice_mean": mean_dice(dice),
+            **{f"val_dice_{name}": value for name, value in dice.items()},
+        }
+        return {self.prefix + name: value for name, value in rows.items()}
+
+
+def make_plan(
+    dataset: Dataset, fingerprint: Fingerprint, request: Request, device: torch.device
+) -> tuple[Plan, dict[str, str]]:
+    """Measure step times here and plan for a request; returns the plan and the reason of each value."""
+    spec = dataset.spec
+    folds = 1 if request.fold is not None else (request.folds or 1)
+    learning = request.budget * 0.9 / folds if request.budget else None
+    dimensions, settings = _forced_dimensions(request.settings)
+    sketch = draft(spec, fingerprint, device=device.type, dimensions=dimensions)
+    longest = max(5.0, CALIBRATION_SHARE * request.budget) if request.budget else 20.0
+    measured = measure(spec, sketch, device, longest=longest)
+    if learning is not None:
+        factor = needed_coarseness(sketch, min(measured.step_seconds.values()), learning)
+        if factor > 1.05:
+            sketch = draft(spec, fingerprint, device=device.type, coarser=factor, dimensions=dimensions)
+            measured = measure(spec, sketch, device, longest=longest)
+    steps = request.steps
+    if steps is None and request.epochs is not None:
+        steps = max(1, request.epochs * fingerprint.cases // sketch.batch_size)
+    plan, reasons = decide(
+        spec,
+        fingerprint,
+        sketch,
+        measured,
+        budget_seconds=request.budget,
+        training_seconds=learning,
+        steps=steps,
+        seed=request.seed,
+    )
+    if request.network:
+        settings = (*settings, f"network.name={request.network}")
+    return override(plan, settings), reasons
+
+
+def _forced_dimensions(settings: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """Take ``dimensions=2`` out of the settings: patch, strides and orientation follow from it."""
+    chosen = [s.partition("=")[2].strip() for s in settings if s.partition("=")[0].strip() == "dimensions"]
+    rest = tuple(s for s in settings if s.partition("=")[0].strip() != "dimensions")
+    if chosen and chosen[-1] not in ("2", "3"):
+        raise TrainingError(f"--set dimensions={chosen[-1]}: 2 or 3 are allowed")
+    return (int(chosen[-1]) if chosen else None), rest
+
+
+def process_start() -> float:
+    """Return the time.monotonic() at which this process began."""
+    import psutil
+
+    age = time.time() - psutil.Process(os.getpid()).create_time()
+    return time.monotonic() - max(0.0, float(age))

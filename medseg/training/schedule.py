@@ -1,0 +1,124 @@
+"""Learning rate and validation over a training: by steps, by the clock, or as recorded by an earlier run.
+
+The rate rises linearly over the warm-up, then follows half a cosine to zero (Loshchilov 2017, arXiv 1608.03983) at
+the end, wherever the end is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+
+def rate_factor(progress: float, warmup: float) -> float:
+    """Return the share of the full learning rate at `progress` (0 to 1) of the training."""
+    if progress < warmup:
+        return max(progress, 1e-3 * warmup) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+class Schedule(Protocol):
+    """What the loop asks before and after each step (counted from 0)."""
+
+    def factor(self, step: int) -> float | None:
+        """Return the share of the full learning rate for `step`; None when the training is over."""
+        ...
+
+    def validate_after(self, step: int) -> bool:
+        """Tell whether a validation follows `step`."""
+        ...
+
+    def progress(self, step: int) -> float:
+        """Return the share of the training that is done before `step`, 0 to 1."""
+        ...
+
+    def remaining(self, step: int, step_seconds: float) -> float:
+        """Return the expected seconds to the end."""
+        ...
+
+
+class BySteps:
+    """A fixed number of steps with evenly spread validations."""
+
+    def __init__(self, steps: int, *, validations: int, warmup: float) -> None:
+        self.steps, self.validations, self.warmup = steps, validations, warmup
+
+    def factor(self, step: int) -> float | None:
+        """Return the share of the full learning rate for `step`."""
+        return rate_factor(step / self.steps, self.warmup) if step < self.steps else None
+
+    def validate_after(self, step: int) -> bool:
+        """Tell whether a validation follows `step`."""
+        return (step + 1) * self.validations // self.steps > step * self.validations // self.steps
+
+    def progress(self, step: int) -> float:
+        """Return the share of steps done."""
+        return step / self.steps
+
+    def remaining(self, step: int, step_seconds: float) -> float:
+        """Return the expected seconds to the end."""
+        return (self.steps - step) * step_seconds
+
+
+class ByClock:
+    """As many steps as fit into `seconds`; `spent` were used before this process (resuming)."""
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        spent: float,
+        validations: int,
+        warmup: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.seconds, self.warmup, self.validations, self.clock = seconds, warmup, validations, clock
+        self._start = clock() - spent
+        self._validated = math.floor(self._progress() * validations)
+
+    def _progress(self) -> float:
+        return min(1.0, (self.clock() - self._start) / self.seconds) if self.seconds > 0 else 1.0
+
+    def factor(self, step: int) -> float | None:
+        """Return the share of the full learning rate now; None when the time is over (never before one step)."""
+        progress = self._progress()
+        return None if progress >= 1 and step > 0 else rate_factor(progress, self.warmup)
+
+    def validate_after(self, step: int) -> bool:
+        """Tell whether the clock has passed the next validation."""
+        due = math.floor(self._progress() * self.validations) > self._validated
+        self._validated += due
+        return due
+
+    def progress(self, step: int) -> float:
+        """Return the share of the time used."""
+        return self._progress()
+
+    def remaining(self, step: int, step_seconds: float) -> float:
+        """Return the seconds left."""
+        return (1 - self._progress()) * self.seconds
+
+
+class ByRecord:
+    """What another run did, step for step: its learning-rate shares and the steps after which it validated."""
+
+    def __init__(self, factors: Sequence[float], validated: Sequence[int]) -> None:
+        self.factors, self.validated = list(factors), set(validated)
+
+    def factor(self, step: int) -> float | None:
+        """Return the recorded share."""
+        return self.factors[step] if step < len(self.factors) else None
+
+    def validate_after(self, step: int) -> bool:
+        """Tell whether the other run validated here."""
+        return step in self.validated
+
+    def progress(self, step: int) -> float:
+        """Return the share of steps done."""
+        return step / max(1, len(self.factors))
+
+    def remaining(self, step: int, step_seconds: float) -> float:
+        """Return the expected seconds to the end."""
+        return (len(self.factors) - step) * step_seconds
