@@ -131,7 +131,10 @@ def orientation_to(affine: Affine, axis_codes: str) -> Flips:
 
 def reorient(volume: Volume, axis_codes: str) -> Volume:
     """Swap and flip axes so that they point closest to `axis_codes`; no voxel changes its value or its place."""
-    flips = orientation_to(volume.affine, axis_codes)
+    return _turn(volume, orientation_to(volume.affine, axis_codes))
+
+
+def _turn(volume: Volume, flips: Flips) -> Volume:
     array = np.stack([orientations.apply_orientation(channel, flips) for channel in volume.array])
     affine = volume.affine @ orientations.inv_ornt_aff(flips, volume.shape)
     return replace(volume, array=array, affine=affine)
@@ -142,5 +145,7 @@ def align_to(volume: Volume, reference: Volume) -> Volume | None:
 
     Lossless: a label map saved by another program in another orientation still matches its image.
     """
-    turned = reorient(volume, reference.axis_codes)
+    # Not by the letters of the axes: near 45 degrees the last digit of an affine decides between them.
+    relative = np.linalg.inv(reference.affine) @ volume.affine
+    turned = _turn(volume, np.asarray(orientations.io_orientation(relative)))
     return replace(turned, affine=reference.affine) if same_grid(turned, reference) else None
