@@ -53,7 +53,7 @@ class Code(Config):
 class Label(Config):
     """One structure: its value in the masks, its colour (#rrggbb) and its code."""
 
-    value: int = Field(ge=0)
+    value: int = Field(ge=0, strict=True)
     color: str | None = Field(default=None, pattern=r"^#[0-9a-fA-F]{6}$")
     snomed: Code | None = None
 
@@ -112,7 +112,7 @@ class Spec(Config):
         """Allow ``liver: 1`` for ``liver: {value: 1}``."""
         if not isinstance(value, dict):
             return value
-        return {name: {"value": row} if isinstance(row, int) else row for name, row in value.items()}
+        return {name: {"value": row} if type(row) is int else row for name, row in value.items()}
 
     @field_validator("patient")
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
 from medseg.readers import read_image
 from medseg.spec import Case, Spec
-from medseg.volume import Volume, align_to
+from medseg.volume import Volume, align_to, grid_distance, reorient
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,33 @@ def _grid(volume: Volume) -> str:
     return f"{size} voxels of {spacing} {volume.unit}, axes {volume.axis_codes}"
 
 
+def _apart(first: Volume, second: Volume) -> str:
+    """Return how far two grids of one size lie apart, which their sizes and spacings do not show."""
+    turned = reorient(first, second.axis_codes)
+    if turned.shape != second.shape:
+        return ""
+    distance = grid_distance(second.shape, turned.affine, second.affine)
+    return f"; corresponding corners lie up to {distance:.3g} {second.unit} apart"
+
+
 def _read_mask(spec: Spec, path: Path, image: Volume) -> Volume:
     if not path.exists():
         raise ReadError(f"its mask ({path.name}) is missing", code="LABEL_MISSING")
-    mask = align_to(_first_channel(read_image(path)), image)
+    stored = _first_channel(read_image(path))
+    mask = align_to(stored, image)
     if mask is None:
-        other = _grid(read_image(path))
-        raise GeometryError(f"the mask has a grid of {other}, the image one of {_grid(image)}", code="LABEL_GRID")
+        raise GeometryError(
+            f"the mask has a grid of {_grid(stored)}, the image one of {_grid(image)}{_apart(stored, image)}",
+            code="LABEL_GRID",
+        )
     array = mask.array
     if array.dtype.kind == "f":
-        rounded = np.rint(array)
-        if not np.array_equal(rounded, array):
-            example = float(array[rounded != array][0])
-            raise SpecError(f"the mask holds {example:g}, label values are whole numbers", code="LABEL_NOT_INTEGER")
-        array = rounded.astype(np.int32)
+        broken = array[np.rint(array) != array]
+        if broken.size:
+            raise SpecError(
+                f"the mask holds {float(broken[0]):g}, label values are whole numbers", code="LABEL_NOT_INTEGER"
+            )
+    # Before any cast: 2**32 + 1 would become a 1.
     found = np.unique(array)
     foreign = [int(v) for v in found if int(v) not in spec.values]
     if foreign:
