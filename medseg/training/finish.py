@@ -4,55 +4,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg.batch.run import provenance
-from medseg.bundle import BUNDLE_FORMAT, Bundle, BundleInfo, load_networks, make_network, save_bundle, versions
+from medseg.bundle import BUNDLE_FORMAT, Bundle, BundleInfo, load_networks, save_bundle, versions
 from medseg.display import Display
 from medseg.evaluation.evaluate import dataset_reference, evaluate_against
 from medseg.exporters.nifti import write_nifti
 from medseg.files import write_atomically, write_json
 from medseg.inference.predict import Model, predict_volume
+from medseg.planning.plan import Plan
 from medseg.plots import colours_for, curves_png, three_planes_png
 from medseg.readers.nifti import read_nifti
 from medseg.spec import Case, Dataset, Spec
 from medseg.studies import read_study
 from medseg.tracking import Tracker
-from medseg.training.loop import Job
+from medseg.training.loop import Job, Learner
 from medseg.training.state import LoopState
 from medseg.volume import Volume, reorient
 
-FIXED_SECONDS = 9.0
-"""Bundle, tables, plots and registry: measured 5 to 8 s on two cores (benchmarks/budget.py)."""
+FINISH_SECONDS = 8.0
+"""Bundle, tables, plots and registry; measured 5 to 8 s on two cores."""
 OVERLAYS = 3
 
 
-@dataclass(frozen=True)
-class FinishTimes:
-    """Expected seconds of what follows the loop: once, and for each network."""
-
-    fixed: float
-    each: float
-
-    def total(self, networks: int) -> float:
-        """Return the seconds for what is left when `networks` are still to be trained."""
-        return self.fixed + self.each * networks
+def scoring_factor(plan: Plan) -> float:
+    """Return how much longer scoring takes than a validation: it mirrors, reads the sources and restores the grid."""
+    return 1.2 * (2 ** len(plan.augmentation.mirror_axes) if plan.test_mirroring else 1)
 
 
-def measure_finish(job: Job) -> FinishTimes:
-    """Predict one validation case with an untrained network to know what scoring all of them will take."""
-    info = make_info([job], [LoopState()], "", None)
-    network = make_network(job.spec, job.plan).to(job.device).eval()
-    model = Model(Bundle(Path(), info), [network], job.device)
-    case = job.validation[0]
+def time_of_validation(job: Job) -> float:
+    """Return the expected seconds of a validation, by an untrained network on a few cases."""
+    learner = Learner(job)
+    cases = job.validation[:3]
+    learner.case_dice(cases[0])  # the first call of a network compiles kernels
     began = time.monotonic()
-    predict_volume(model, read_study(job.spec, case).image)
-    seconds = time.monotonic() - began
-    return FinishTimes(FIXED_SECONDS, seconds * len(job.validation) * 1.3)
+    for case in cases:
+        learner.case_dice(case)
+    return (time.monotonic() - began) / len(cases) * len(job.validation)
 
 
 def finish_run(
@@ -130,6 +123,7 @@ def _score(
     """Predict every validation case with the network that has not seen it, on its source grid."""
     found: dict[str, list[float]] = {}
     rows: list[dict[str, Any]] = []
+    cases_done: set[str] = set()
     total = sum(len(job.validation) for job in jobs)
     for job, state in zip(jobs, states, strict=True):
         place = out / "5_folds" / str(_number(job)) / "validation"
@@ -137,12 +131,13 @@ def _score(
         single = save_bundle(place / "model", info, weights_of([state]))
         model = Model(single, [n.to(job.device) for n in load_networks(single)], job.device)
         write_json(place / "predictions.json", provenance(info, None))
-        for case in job.validation:
+        for number, case in enumerate(job.validation):
             mask = predict_volume(model, read_study(job.spec, case).image)
             write_nifti(place / f"{case.id}.nii.gz", mask)
-            display.counted(len(rows), total)
+            display.counted(len(cases_done) + number + 1, total)
         reference = dataset_reference(Dataset(job.spec, job.validation), job.validation, "validation")
         evaluation = evaluate_against(reference, place, out=place)
+        cases_done.update(evaluation.cases)
         rows += [asdict(row) for row in evaluation.rows]
         for label in job.spec.foreground:
             found.setdefault(label, []).extend(evaluation.values("dice", label).values())

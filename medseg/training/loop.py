@@ -87,7 +87,9 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
             watch(state, schedule, time.monotonic() - began)
             due = schedule.validate_after(state.step - 1)
             if due:
+                began = time.monotonic()
                 learner.validate()
+                schedule.validated(time.monotonic() - began)
                 state.seconds = spent + time.monotonic() - resumed
                 watch(state, schedule, 0.0)
             if due or time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -179,7 +181,7 @@ class Learner:
 
     def validate(self) -> None:
         """Score the running average on the validation cases, on the prepared grid and without mirroring."""
-        rows = [self._case_dice(case) for case in self.job.validation]
+        rows = [self.case_dice(case) for case in self.job.validation]
         labels = self.job.spec.foreground
         dice = {}
         for label in labels:
@@ -191,7 +193,7 @@ class Learner:
             self.state.best_dice = mean_dice(dice)
             self.state.best = _copy(self.average)
 
-    def _case_dice(self, case: Case) -> dict[str, float]:
+    def case_dice(self, case: Case) -> dict[str, float]:
         """Return the Dice of each label that the reference of a case holds."""
         arrays = self.job.cache(case)
         image = torch.from_numpy(np.array(arrays["image"])).to(self.job.device)

@@ -31,7 +31,7 @@ from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import Case, Dataset, load_dataset, spec_digest
 from medseg.tracking import Tracker, start
 from medseg.training.calibrate import measure
-from medseg.training.finish import FinishTimes, finish_run, measure_finish
+from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
 from medseg.training.folds import Fold, make_folds, refuse_leaks
 from medseg.training.loop import Job, fit
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Schedule
@@ -248,7 +248,7 @@ class _Work:
 
     def fit_all(self, jobs: list[Job], tracker: Tracker) -> list[LoopState]:
         """Train one network after the other, sharing what is left of the budget."""
-        reserve = measure_finish(jobs[0]) if self.request.budget else FinishTimes(0, 0)
+        scoring = time_of_validation(jobs[0]) if self.request.budget else 0.0
         states: list[LoopState] = []
         for number, job in enumerate(jobs):
             done = job.checkpoint.with_name("finished.json")
@@ -256,7 +256,7 @@ class _Work:
                 states.append(load_state(job.checkpoint, job=job.digest))
                 continue
             left = len(jobs) - number
-            schedule = _scheduler(self, job, number, reserve, left)
+            schedule = _scheduler(self, job, number, scoring, left)
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
             states.append(fit(job, schedule, watch=_Watch(self.display, tracker, job, number, len(jobs))))
             write_json(done, {"steps": states[-1].step})
@@ -269,8 +269,11 @@ def _the_fold(folds: list[Fold], number: int) -> Fold:
     return folds[number]
 
 
-def _scheduler(work: _Work, job: Job, number: int, reserve: FinishTimes, left: int) -> Any:
-    """Return state -> Schedule: as recorded (replay), by the clock (budget) or by steps."""
+def _scheduler(work: _Work, job: Job, number: int, scoring: float, left: int) -> Any:
+    """Return state -> Schedule: as recorded (replay), by the clock (budget) or by steps.
+
+    `scoring` is the expected time of one validation, `left` the number of networks still to be trained.
+    """
     plan, request = job.plan, work.request
 
     def choose(state: LoopState) -> Schedule:
@@ -281,9 +284,15 @@ def _scheduler(work: _Work, job: Job, number: int, reserve: FinishTimes, left: i
             return BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
         # a resumed command has used state.seconds before it began: they count as if they had been spent now
         elapsed = time.monotonic() - work.began
-        remaining = request.budget - elapsed - state.seconds - reserve.total(left)
-        seconds = max(0.0, remaining) / left + state.seconds
-        return ByClock(seconds, spent=state.seconds, validations=plan.validations, warmup=plan.warmup)
+        remaining = request.budget - elapsed - state.seconds - FINISH_SECONDS
+        return ByClock(
+            max(0.0, remaining) / left + state.seconds,
+            spent=state.seconds,
+            validations=plan.validations,
+            warmup=plan.warmup,
+            scoring=scoring,
+            scorings=1 + scoring_factor(plan),
+        )
 
     return choose
 

@@ -38,6 +38,10 @@ class Schedule(Protocol):
         """Return the expected seconds to the end."""
         ...
 
+    def validated(self, seconds: float) -> None:
+        """Take note of how long a validation took."""
+        ...
+
 
 class BySteps:
     """A fixed number of steps with evenly spread validations."""
@@ -61,9 +65,20 @@ class BySteps:
         """Return the expected seconds to the end."""
         return (self.steps - step) * step_seconds
 
+    def validated(self, seconds: float) -> None:
+        """Nothing follows from it."""
+
 
 class ByClock:
-    """As many steps as fit into `seconds`; `spent` were used before this process (resuming)."""
+    """As many steps as fit into a time.
+
+    Parameters
+    ----------
+    seconds : time for the loop and for the scoring that follows it.
+    spent : what earlier processes used of it (resuming).
+    scoring : seconds expected for one validation now; every validation corrects the expectation.
+    scorings : how many validations' time must be left at the end, for the last validation and for the scoring.
+    """
 
     def __init__(
         self,
@@ -72,11 +87,20 @@ class ByClock:
         spent: float,
         validations: int,
         warmup: float,
+        scoring: float = 0.0,
+        scorings: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.seconds, self.warmup, self.validations, self.clock = seconds, warmup, validations, clock
+        self.whole, self.warmup, self.validations, self.clock = seconds, warmup, validations, clock
+        self.scorings = scorings
+        self.seconds = 0.0
+        self.validated(scoring)
         self._start = clock() - spent
         self._validated = math.floor(self._progress() * validations)
+
+    def validated(self, seconds: float) -> None:
+        """Leave at the end what scoring will take if a validation takes `seconds`."""
+        self.seconds = max(0.2 * self.whole, self.whole - self.scorings * seconds)
 
     def _progress(self) -> float:
         return min(1.0, (self.clock() - self._start) / self.seconds) if self.seconds > 0 else 1.0
@@ -122,3 +146,6 @@ class ByRecord:
     def remaining(self, step: int, step_seconds: float) -> float:
         """Return the expected seconds to the end."""
         return (len(self.factors) - step) * step_seconds
+
+    def validated(self, seconds: float) -> None:
+        """Nothing follows from it."""
