@@ -39,6 +39,11 @@ class Quantity:
         """Return the number as a person reads it."""
         return f"{short(float(np.exp(number)) if self.factor else number)}{self.unit and ' ' + self.unit}"
 
+    def range(self, numbers: Sequence[float]) -> str:
+        """Return "a to b", or just "a" where they look the same."""
+        low, high = self.shown(min(numbers)), self.shown(max(numbers))
+        return low if low == high else f"{low} to {high}"
+
 
 def z_scores(values: Sequence[float], floor: float) -> list[float]:
     """Return the robust z-score of every value (zeros for fewer than MINIMUM values)."""
@@ -82,11 +87,7 @@ def _mixture(
     middle = float(np.median(row))
     usual = [row[n] for n in range(len(cases)) if n not in flagged]
     below, above = ([row[n] for n in flagged if (row[n] < middle) == side] for side in (True, False))
-    shown = [
-        f"{quantity.shown(min(group))} to {quantity.shown(max(group))} in {len(group)}"
-        for group in (usual, below, above)
-        if group
-    ]
+    shown = [f"{quantity.range(group)} in {len(group)}" for group in (usual, below, above) if group]
     text = (
         f"{len(flagged)} of {len(cases)} cases are unlike the others, too many to be called outliers: "
         f"{quantity.name} is {', '.join(shown)} cases"

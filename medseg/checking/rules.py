@@ -79,7 +79,7 @@ def images(cases: Sequence[CaseFacts], spec: Spec) -> list[Finding]:
                 found.append(finding("NOT_HOUNSFIELD", text, case=case.id, value=values.smallest))
         if not case.orthogonal:
             found.append(finding("NOT_ORTHOGONAL", "the axes of its grid are not at right angles", case=case.id))
-        found += [Finding(note, "note", case.id, "said by the reader of the image") for note in case.notes]
+        found += [Finding(note, "note", case.id, "noted by the reader, explained in docs/reference/reason-codes.md") for note in case.notes]
     return found
 
 
@@ -119,7 +119,7 @@ def labels(cases: Sequence[CaseFacts], spec: Spec) -> list[Finding]:
         found += _label(name, filled, len([case for case in labelled if case.split == "train"]))
     for case in filled:
         if case.touching:
-            text = f"{_some(case.touching)} reach(es) the edge of the image"
+            text = f"labels at the edge of the image: {_some(case.touching)}"
             found.append(finding("MASK_TOUCHES_BORDER", text, case=case.id, value=len(case.touching)))
     return found
 
