@@ -79,7 +79,10 @@ def images(cases: Sequence[CaseFacts], spec: Spec) -> list[Finding]:
                 found.append(finding("NOT_HOUNSFIELD", text, case=case.id, value=values.smallest))
         if not case.orthogonal:
             found.append(finding("NOT_ORTHOGONAL", "the axes of its grid are not at right angles", case=case.id))
-        found += [Finding(note, "note", case.id, "noted by the reader, explained in docs/reference/reason-codes.md") for note in case.notes]
+        found += [
+            Finding(note, "note", case.id, "noted by the reader, explained in docs/reference/reason-codes.md")
+            for note in case.notes
+        ]
     return found
 
 

