@@ -95,7 +95,7 @@ def expose(
     shaded = signal * (1 + 0.02 / texture.std() * texture) * _receive_field(places, scanner, rng).reshape(signal.shape)
     real, imaginary = scanner.noise * rng.standard_normal((2, *signal.shape), np.float32)
     magnitude = np.hypot(shaded + real, imaginary)
-    return np.rint(scanner.gain * magnitude + scanner.offset).astype(np.uint16)
+    return np.asarray(np.rint(scanner.gain * magnitude + scanner.offset).astype(np.uint16))
 
 
 def _receive_field(places: NDArray[np.float32], scanner: Scanner, rng: np.random.Generator) -> NDArray[np.float32]:
