@@ -22,7 +22,7 @@ from medseg.errors import BundleError
 from medseg.files import digest, file_digest, write_atomically, write_json
 from medseg.networks import build_network
 from medseg.planning.plan import Plan
-from medseg.spec import Spec
+from medseg.spec import Spec, spec_digest
 from medseg.targets import channel_names
 
 BUNDLE_FORMAT = 1
@@ -54,6 +54,22 @@ class BundleInfo(Config):
     def digest(self) -> str:
         """SHA-256 that names the model: weights, plan and spec."""
         return digest([self.weights, self.plan.digest, self.spec.model_dump(mode="json", exclude={"root"})])
+
+    def provenance(self, mirror: bool | None) -> dict[str, str | int | bool | None]:
+        """Return what is said about the origin of this model's predictions; no path, no date.
+
+        `mirror` is whether they were averaged over mirrored inputs; None: as planned.
+        """
+        return {
+            "model_hash": self.digest,
+            "plan_hash": self.plan.digest,
+            "spec_hash": spec_digest(self.spec),
+            "dataset_hash": self.dataset_digest,
+            "software": f"medseg {self.versions['medseg']}",
+            "tta": self.plan.test_mirroring if mirror is None else mirror,
+            "folds": len(self.weights),
+            "tracking_run": self.tracking_run,
+        }
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from medseg.exporters.nifti import write_nifti
 from medseg.files import PARTIAL_PREFIX, file_digest, write_json, write_text
 from medseg.inference.predict import Model, load_model, predict_volume
 from medseg.readers.dicom_series import read_series
-from medseg.spec import Spec, spec_digest
+from medseg.spec import Spec
 from medseg.studies import read_channels
 from medseg.volume import Volume
 
@@ -85,7 +85,7 @@ def predict(
     info = loaded.bundle.info
     studies = find_inputs(inputs, info.spec, choice=choice, splits=splits)
     _sweep(out)
-    write_json(out / PROVENANCE, provenance(info, mirror))
+    write_json(out / PROVENANCE, info.provenance(mirror))
     _write_linkage(out, studies)
     ledger = Ledger(out)
     entries = []
@@ -96,20 +96,6 @@ def predict(
         progress(number + 1, len(studies))
     write_text(out / "summary.csv", summary_csv(info.spec, entries))
     return BatchResult(out, tuple(entries), {study.id: study.origin for study in studies})
-
-
-def provenance(info: BundleInfo, mirror: bool | None) -> dict[str, str | int | bool | None]:
-    """Return what is said about the origin of predictions; no path, no date."""
-    return {
-        "model_hash": info.digest,
-        "plan_hash": info.plan.digest,
-        "spec_hash": spec_digest(info.spec),
-        "dataset_hash": info.dataset_digest,
-        "software": f"medseg {info.versions['medseg']}",
-        "tta": info.plan.test_mirroring if mirror is None else mirror,
-        "folds": len(info.weights),
-        "tracking_run": info.tracking_run,
-    }
 
 
 def _recipe(info: BundleInfo, mirror: bool | None) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from medseg.batch.run import provenance
 from medseg.bundle import BUNDLE_FORMAT, Bundle, BundleInfo, load_networks, save_bundle, versions
 from medseg.display import Display
 from medseg.evaluation.evaluate import dataset_reference, evaluate_against
@@ -130,7 +129,7 @@ def _score(
         info = make_info([job], [state], "", None)
         single = save_bundle(place / "model", info, weights_of([state]))
         model = Model(single, [n.to(job.device) for n in load_networks(single)], job.device)
-        write_json(place / "predictions.json", provenance(info, None))
+        write_json(place / "predictions.json", info.provenance(None))
         for number, case in enumerate(job.validation):
             mask = predict_volume(model, read_study(job.spec, case).image)
             write_nifti(place / f"{case.id}.nii.gz", mask)
