@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from medseg.config import Config
 from medseg.errors import BundleError
-from medseg.files import digest, file_digest, write_atomically, write_json
+from medseg.files import digest, file_digest, write_atomically, write_text
 from medseg.networks import build_network
 from medseg.planning.plan import Plan
 from medseg.spec import Spec, spec_digest
@@ -94,7 +94,8 @@ def save_bundle(folder: Path, info: BundleInfo, weights: dict[str, dict[str, Ten
         write_atomically(folder / name, _weights_writer(tensors))
         hashes[name] = file_digest(folder / name)
     info = info.model_copy(update={"weights": hashes})
-    write_json(folder / MODEL_FILE, info.model_dump(mode="json"))
+    # Not by write_json, which sorts keys: the order of labels, regions and channels is that of the network's.
+    write_text(folder / MODEL_FILE, json.dumps(info.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
     return Bundle(folder, info)
 
 
@@ -127,8 +128,12 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{folder / MODEL_FILE}: damaged or of another version of medseg ({error})") from error
     if info.format != BUNDLE_FORMAT:
         raise BundleError(f"{folder}: bundle format {info.format}; this medseg reads format {BUNDLE_FORMAT}")
+    if not info.weights:
+        raise BundleError(f"{folder}: {MODEL_FILE} names no weights; restore the bundle")
     for name, expected in info.weights.items():
         file = folder / name
+        if Path(name).name != name:
+            raise BundleError(f"{folder}: weights {name!r} lie outside of the bundle; it is damaged or a trap")
         if not file.is_file() or file_digest(file) != expected:
             state = "damaged" if file.is_file() else "missing"
             raise BundleError(f"{file}: {state}: its SHA-256 is not the one in {MODEL_FILE}; restore the bundle")
@@ -136,11 +141,20 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def load_networks(bundle: Bundle) -> list[nn.Module]:
-    """Build the network of each fold with its weights, in evaluation mode on the CPU."""
+    """Build the network of each fold with its weights, in evaluation mode on the CPU.
+
+    Raises
+    ------
+    BundleError : the weights are not those of the network that the plan describes.
+    """
     networks = []
     for name in sorted(bundle.info.weights):
         network = make_network(bundle.info.spec, bundle.info.plan)
-        network.load_state_dict(safetensors.torch.load_file(bundle.folder / name))
+        try:
+            network.load_state_dict(safetensors.torch.load_file(bundle.folder / name))
+        except (RuntimeError, safetensors.SafetensorError) as error:
+            what = str(error).splitlines()[0]
+            raise BundleError(f"{bundle.folder / name}: does not fit the network of {MODEL_FILE} ({what})") from error
         networks.append(network.eval())
     return networks
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from medseg.errors import ConfigError
 from medseg.networks.unet import UNet
 from medseg.registry import Registry
 
@@ -35,5 +36,9 @@ NETWORKS: Registry[Callable[..., nn.Module]] = Registry("networks", {"unet": UNe
 def build_network(
     name: str, *, spatial_dims: int, in_channels: int, out_channels: int, options: dict[str, Any]
 ) -> nn.Module:
-    """Build the network called `name`; raise ConfigError for an unknown name."""
-    return NETWORKS[name](spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options)
+    """Build the network called `name`; raise ConfigError for an unknown name or options that it does not take."""
+    build = NETWORKS[name]
+    try:
+        return build(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"network {name}: its options {options} do not fit: {error}") from error

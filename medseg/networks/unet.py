@@ -49,6 +49,10 @@ class UNet(nn.Module):
     Attributes
     ----------
     divisor : total stride along each axis.
+
+    Raises
+    ------
+    ValueError : fewer than two stages, or rows that do not fit each other.
     """
 
     def __init__(
@@ -67,6 +71,10 @@ class UNet(nn.Module):
             raise ValueError(
                 f"{len(features)} stages need as many kernels and one stride less, got "
                 f"{len(kernels)} and {len(strides)}"
+            )
+        if len(features) < 2 or any(len(row) != spatial_dims for row in (*strides, *kernels)):
+            raise ValueError(
+                f"at least two stages are needed, and {spatial_dims} numbers in each of {strides} and {kernels}"
             )
         self.divisor = tuple(int(torch.tensor([s[axis] for s in strides]).prod()) for axis in range(spatial_dims))
         one = (1,) * spatial_dims
