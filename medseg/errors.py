@@ -7,6 +7,7 @@
       GeometryError    it can be read, but its geometry is unfit  (has a reason code)
       PlanError        no plan fits the data, the machine or the budget
       TrainingError    training cannot start or go on
+      RetrainingError  a retraining tick, a promotion or a rollback cannot be done
       BundleError      a model is damaged, foreign or does not fit
       ExportError      a result cannot be written
       BatchError       a run over many studies cannot start or go on
@@ -63,6 +64,12 @@ class TrainingError(MedsegError):
     """Training cannot start or go on."""
 
     code = "TRAINING"
+
+
+class RetrainingError(MedsegError):
+    """A retraining tick, a promotion or a rollback cannot be done; the champion stays what it was."""
+
+    code = "RETRAINING"
 
 
 class BundleError(MedsegError):

@@ -102,7 +102,7 @@ def case_facts(spec: Spec, study: Study) -> CaseFacts:
         intensities=tuple(_intensity(channel) for channel in image.array),
         volumes=None if counts is None else {name: n * _unit_volume(image) for name, n in counts.items()},
         touching=() if mask is None else _touching(spec, mask.array[0]),
-        image_hash=_hash(image.array),
+        image_hash=image_hash(image),
         mask_hash=None if mask is None else _hash(mask.array),
         notes=tuple(dict.fromkeys((*study.image.notes, *(() if study.mask is None else study.mask.notes)))),
     )
@@ -132,6 +132,11 @@ def _touching(spec: Spec, mask: NDArray[Any]) -> tuple[str, ...]:
         if mask.shape[axis] > 1:
             found.update(int(v) for end in (0, -1) for v in np.unique(mask.take(end, axis=axis)))
     return tuple(name for name, value in spec.foreground.items() if value in found)
+
+
+def image_hash(image: Volume) -> str:
+    """Return a digest of the voxel values in patient order: the same for a copy in another format or axis order."""
+    return _hash(reorient(image, "RAS").array)
 
 
 def _hash(array: NDArray[Any]) -> str:

@@ -26,14 +26,15 @@ from medseg.files import digest, write_json
 from medseg.planning.fingerprint import Fingerprint, take_fingerprint
 from medseg.planning.plan import Plan, override, read_plan, write_plan
 from medseg.planning.planner import decide, draft, needed_coarseness
-from medseg.preparation.cache import CaseCache, prepare_cases, source_digest
+from medseg.preparation.cache import CaseCache, prepare_cases
 from medseg.preparation.path import training_path, up_to_cache
-from medseg.spec import Case, Dataset, load_dataset, spec_digest
+from medseg.spec import Case, Dataset, load_dataset
 from medseg.tracking import Tracker, start
 from medseg.training.calibrate import measure
 from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
 from medseg.training.folds import Fold, make_folds, refuse_leaks
 from medseg.training.loop import Job, fit
+from medseg.training.manifest import make_manifest
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Schedule
 from medseg.training.state import LoopState, job_digest, load_state, mean_dice
 
@@ -108,7 +109,7 @@ def train(
     refuse_leaks(dataset.cases)
     cases = dataset.select("train")
     with display:
-        manifest = _open_run(out, dataset, cases, request)
+        manifest = _open_run(out, dataset, request)
         if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():
             display.say(f"{out}: this training is complete; nothing to do")
             return _result(out, began)
@@ -133,12 +134,9 @@ def train(
         return _result(out, began)
 
 
-def _open_run(out: Path, dataset: Dataset, cases: tuple[Case, ...], request: Request) -> dict[str, Any]:
+def _open_run(out: Path, dataset: Dataset, request: Request) -> dict[str, Any]:
     """Write 1_dataset.json and request.json, or compare them with those of the run that is to be resumed."""
-    rows = [{"id": c.id, "patient": c.patient, "source": source_digest_of(c)} for c in cases]
-    held = [{"id": c.id, "patient": c.patient} for c in dataset.select("test")]
-    content = {"spec": spec_digest(dataset.spec), "train": rows, "test": held}
-    manifest = {**content, "name": dataset.spec.name, "digest": digest(content)}
+    manifest = make_manifest(dataset)
     asked = json.loads(json.dumps(request.__dict__, default=lambda p: digest(Path(p).resolve().name)))
     for name, value, what in (("1_dataset.json", manifest, "data"), ("request.json", asked, "options")):
         file = out / name
@@ -151,16 +149,6 @@ def _open_run(out: Path, dataset: Dataset, cases: tuple[Case, ...], request: Req
                 code="RUN_DIFFERS",
             )
     return manifest
-
-
-def source_digest_of(case: Case) -> str:
-    """Return the digest of a case's files, or raise TrainingError naming the case."""
-    try:
-        return source_digest(case)
-    except OSError as error:
-        raise TrainingError(
-            f"case {case.id}: a file cannot be read ({error.strerror}); medseg check lists all"
-        ) from error
 
 
 def _previous_run(out: Path) -> str | None:
