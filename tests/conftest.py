@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Read before `clean_environment` clears the MEDSEG_ names.
@@ -81,3 +84,88 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 def own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test its own place for the key that hides DICOM ids."""
     monkeypatch.setenv("MEDSEG_KEY_FILE", str(tmp_path / "medseg.key"))
+
+
+TINY_AFFINE = np.array([[-1.5, 0, 0, 30], [0, -1.5, 0, 20], [0, 0, 2.0, -5], [0, 0, 0, 1]])
+"""The axes point to the left, posterior and superior: nothing is as the network sees it."""
+TINY_SHAPE = (20, 22, 18)
+
+
+Array = np.ndarray[Any, Any]
+
+
+def tiny_case(number: int, shape: tuple[int, int, int] = TINY_SHAPE) -> tuple[Array, Array]:
+    """An image (float32) with a bright ball and a dark box at places that depend on `number`, and its mask."""
+    rng = np.random.default_rng((7, number))
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
+    centre = np.array([6, 7, 6]) + rng.integers(0, 3, 3)
+    corner = np.array([11, 11, 9]) + rng.integers(0, 3, 3)
+    ball = ((grid - centre) ** 2).sum(-1) <= 16
+    box = ((grid >= corner) & (grid < corner + 5)).all(-1)
+    mask = np.zeros(shape, np.uint8)
+    mask[box], mask[ball] = 2, 1
+    image = 100 + 60.0 * (mask == 1) - 50.0 * (mask == 2) + rng.normal(0, 8, shape)
+    return image.astype(np.float32), mask
+
+
+def save_nifti(path: Path, array: Array, affine: Array = TINY_AFFINE) -> Path:
+    """Write an array as NIfTI, as another program would."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.Nifti1Image(array, affine).to_filename(path)
+    return path
+
+
+def make_tiny_dataset(root: Path, *, cases: int = 7, test: int = 2, **changes: Any) -> Path:
+    """Write dataset.yaml and `cases` cases c0, c1, ... (the last `test` held out); `changes` go into the spec."""
+    names = [f"c{i}" for i in range(cases)]
+    for number, name in enumerate(names):
+        image, mask = tiny_case(number)
+        save_nifti(root / "images" / f"{name}.nii.gz", image)
+        save_nifti(root / "masks" / f"{name}.nii.gz", mask)
+    spec = {
+        "name": "tiny",
+        "images": "images/{case}.nii.gz",
+        "masks": "masks/{case}.nii.gz",
+        "channels": {"mr": {"modality": "MR"}},
+        "labels": {"ball": {"value": 1, "color": "#d62728"}, "box": 2},
+        "splits": {"test": names[cases - test :]},
+        **changes,
+    }
+    (root / "dataset.yaml").write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> Callable[..., Path]:
+    """Builder of a dataset whose labels can be learnt in a few seconds: ``tiny_dataset(folder, cases=7, test=2)``."""
+    return make_tiny_dataset
+
+
+TINY_SETTINGS = ("batch_size=2", "validations=3", "test_mirroring=false")
+
+
+@pytest.fixture(scope="session")
+def tiny_plan() -> Callable[..., Path]:
+    """Writer of a small plan for a dataset, made without measuring: ``tiny_plan(dataset, file, steps=6)``."""
+
+    def write(
+        dataset: Path, file: Path, *, steps: int = 6, dimensions: Any = None, settings: tuple[str, ...] = ()
+    ) -> Path:
+        from medseg.planning.fingerprint import take_fingerprint
+        from medseg.planning.plan import Measured, override, write_plan
+        from medseg.planning.planner import decide, draft
+        from medseg.spec import load_dataset
+
+        found = load_dataset(dataset)
+        fingerprint = take_fingerprint(found.spec, found.select("train"))
+        sketch = draft(found.spec, fingerprint, device="cpu", dimensions=dimensions)
+        measured = Measured(device="cpu", threads=1, step_seconds={"narrow fp32": 0.01})
+        plan, reasons = decide(
+            found.spec, fingerprint, sketch, measured, budget_seconds=None, training_seconds=None, steps=steps, seed=0
+        )
+        stages = len(plan.network.options["features"])
+        features = f"network.options.features={[4, 8, 8, 8, 8, 8][:stages]}"
+        write_plan(file, override(plan, (*TINY_SETTINGS, features, *settings)), reasons)
+        return file
+
+    return write

@@ -148,9 +148,12 @@ def write_plan(path: Path, plan: Plan, reasons: dict[str, str]) -> None:
         "# How medseg prepares, learns and predicts this dataset. Every value may be edited before training.",
         "",
     ]
-    for key, value in plan.model_dump(mode="json").items():
-        lines += [f"# {line}" for line in reasons.get(key, "").splitlines()]
-        lines.append(yaml.safe_dump({key: value}, sort_keys=False, width=110, default_flow_style=None).rstrip())
+    # Dumped as a whole: a section alone would be written as {key: value}, and two of those are no YAML file.
+    text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=110, default_flow_style=None)
+    for line in text.splitlines():
+        key, colon, _ = line.partition(":")
+        lines += [f"# {reason}" for reason in reasons.get(key, "").splitlines() if colon]
+        lines.append(line)
     write_text(path, "\n".join(lines) + "\n")
 
 
