@@ -55,18 +55,20 @@ def deep_supervision(loss: Loss, levels: list[Tensor], target: Tensor, valid: Te
     """Weighted sum of a loss over the levels of a decoder, finest first: weights 1, 1/2, 1/4, ... to a sum of 1.
 
     The target (B, K, *S) is averaged down to the resolution of each level, so that a coarse voxel is learnt as the
-    share of each class in it; a coarse voxel counts where any of its voxels does.
+    share of each class among its voxels that count; it counts itself where any of them does.
     """
     weights = [0.5**i for i in range(len(levels))]
     size = levels[0].shape[2:]
-    target, valid_share = _pad_to(target, size), _pad_to(valid.to(target.dtype), size)
+    share = _pad_to(valid.to(target.dtype), size)
+    target = _pad_to(target, size) * share
     total = levels[0].new_zeros((), dtype=torch.float32)
     for weight, logits in zip(weights, levels, strict=True):
         if logits.shape[2:] != target.shape[2:]:
             factor = [a // b for a, b in zip(target.shape[2:], logits.shape[2:], strict=True)]
             pool = F.avg_pool3d if logits.ndim == 5 else F.avg_pool2d
-            target, valid_share = pool(target, factor), pool(valid_share, factor)
-        total = total + weight * loss(logits.float(), target, valid_share > 0, exclusive)
+            target, share = pool(target, factor), pool(share, factor)
+        # Divided by the share: voxels that do not count must not pull a coarse one towards "nothing here".
+        total = total + weight * loss(logits.float(), target / share.clamp(min=1e-6), share > 0, exclusive)
     return total / sum(weights)
 
 

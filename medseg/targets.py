@@ -24,6 +24,7 @@ def channel_names(spec: Spec) -> list[str]:
 
 def encode(spec: Spec, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Map label values (B, 1, *S) to targets (B, K, *S) float32 and valid (B, 1, *S) bool."""
+    mask = mask.int()  # torch compares uint8 with 300 as with 44
     valid = torch.ones_like(mask, dtype=torch.bool) if spec.ignore is None else mask != spec.ignore
     values = spec.foreground
     if exclusive(spec):

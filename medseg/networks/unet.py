@@ -93,6 +93,8 @@ class UNet(nn.Module):
         )
         self.heads = nn.ModuleList(_CONV[spatial_dims](features[i], out_channels, 1) for i in levels)
         self.apply(_initialise)
+        for head in self.heads:  # start undecided: large first logits can silence a small class for good
+            nn.init.normal_(head.weight, std=0.01)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, *S) to logits (B, K, *S)."""
@@ -111,9 +113,12 @@ class UNet(nn.Module):
         return [head(x) for head, x in zip(self.heads, stages, strict=True)][::-1]
 
     def _pad(self, image: Tensor) -> Tensor:
+        sizes = [-(-n // d) * d for n, d in zip(image.shape[2:], self.divisor, strict=True)]
+        if sizes == list(self.divisor):
+            sizes[-1] *= 2  # one voxel at the coarsest stage has no deviation to be normalised by
         padding: list[int] = []
-        for size, divisor in zip(reversed(image.shape[2:]), reversed(self.divisor), strict=True):
-            padding += [0, -size % divisor]
+        for have, want in zip(reversed(image.shape[2:]), reversed(sizes), strict=True):
+            padding += [0, want - have]
         return F.pad(image, padding) if any(padding) else image
 
     def _decode(self, x: Tensor) -> list[Tensor]:
