@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
+# The arrays of the tests are tiny: threads that wait for each other cost twenty times more than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Read before `clean_environment` clears the MEDSEG_ names.
 DATA = Path(os.environ.get("MEDSEG_DATA") or REPOSITORY.parent / "shared" / "data").resolve()
