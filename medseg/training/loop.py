@@ -189,7 +189,8 @@ class Learner:
             if scored:
                 dice[label] = float(np.mean(scored))
         self.state.validations.append({"step": self.state.step, "seconds": self.state.seconds, "dice": dice})
-        if mean_dice(dice) > self.state.best_dice:
+        # Not ">": where nothing can be scored (no label in these cases) the last weights are the best.
+        if mean_dice(dice) >= self.state.best_dice:
             self.state.best_dice = mean_dice(dice)
             self.state.best = _copy(self.average)
 

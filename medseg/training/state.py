@@ -5,6 +5,7 @@ Random numbers are functions of seed and step, so the state holds no generator: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medseg.errors import TrainingError
-from medseg.files import digest, write_atomically
+from medseg.files import canonical_json, digest, write_atomically
 
 StateDict = dict[str, Tensor]
 
@@ -77,17 +78,28 @@ def save_state(path: Path, state: LoopState, *, job: str) -> None:
         "best_dice": state.best_dice,
         "validations": state.validations,
     }
-    write_atomically(
-        path, lambda file: safetensors.torch.save_file(tensors, file, metadata={"state": json.dumps(plain)})
-    )
+    metadata = {"state": json.dumps(plain), "sha256": _checksum(plain, tensors)}
+    write_atomically(path, lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata))
+
+
+def _checksum(plain: dict[str, Any], tensors: StateDict) -> str:
+    """Return a SHA-256 of all content: safetensors itself would take a flipped bit for a weight."""
+    total = hashlib.sha256(canonical_json(plain))
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def load_state(path: Path, *, job: str) -> LoopState:
     """Read a state; raise TrainingError if it is damaged or belongs to another plan or other data."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            plain = json.loads(file.metadata()["state"])
+            metadata = file.metadata() or {}
+            plain = json.loads(metadata["state"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        if _checksum(plain, tensors) != metadata["sha256"]:
+            raise ValueError("its SHA-256 is not the one that it was written with")
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise TrainingError(
             f"{path}: the checkpoint is damaged ({error}); delete it to start this fold again"
