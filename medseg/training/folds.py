@@ -29,8 +29,10 @@ def make_folds(cases: Sequence[Case], *, folds: int | None, seed: int) -> list[F
 
     Raises
     ------
-    TrainingError : fewer patients than folds, or than two.
+    TrainingError : fewer patients than folds, or than two; fewer than two folds.
     """
+    if folds is not None and folds < 2:
+        raise TrainingError(f"folds {folds}: at least 2 are needed; leave the option out for a single training")
     patients = sorted({case.patient for case in cases}, key=lambda name: _rank(seed, name))
     needed = folds or 2
     if len(patients) < needed:
