@@ -222,7 +222,7 @@ def retrain(config: PathLike, *, dry_run: bool = False, display: Display | None 
     ------
     ConfigError, TrainingError, BundleError : the configuration or the data do not fit.
     """
-    from medseg.retraining import retrain as run
+    from medseg.retraining.tick import retrain as run
 
     return run(Path(config), dry_run=dry_run, display=display)
 
