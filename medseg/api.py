@@ -203,16 +203,36 @@ def evaluate(
     return evaluation
 
 
-def report(evaluation: PathLike, *, out: PathLike, against: PathLike | None = None) -> Path:
+def report(
+    evaluation: PathLike,
+    *,
+    out: PathLike,
+    against: PathLike | None = None,
+    predictions: PathLike | None = None,
+    reference: PathLike | None = None,
+    splits: PathLike | None = None,
+) -> Path:
     """Write the study report of an evaluation as one offline page; returns its path.
+
+    Parameters
+    ----------
+    evaluation, against : output folders of evaluate; with `against` the page compares both case by case.
+    predictions, reference, splits : what was scored; given, the page shows pictures of its worst and a typical case.
 
     Raises
     ------
-    ConfigError : `evaluation` (or `against`) is not the output folder of evaluate.
+    ConfigError : `evaluation` (or `against`) is not the output folder of evaluate; only one of `predictions` and
+        `reference` is given.
     """
+    from medseg.evaluation.pictures import case_pictures
     from medseg.evaluation.report import report as run
 
-    return run(Path(evaluation), out=Path(out), against=_path(against))
+    if (predictions is None) != (reference is None):
+        raise ConfigError("pictures of cases need both: predictions and the reference that they were scored against")
+    picture = None
+    if predictions is not None and reference is not None:
+        picture = case_pictures(Path(predictions), Path(reference), splits=_path(splits))
+    return run(Path(evaluation), out=Path(out), against=_path(against), picture=picture)
 
 
 def retrain(config: PathLike, *, dry_run: bool = False, display: Display | None = None) -> RetrainResult:
@@ -225,6 +245,20 @@ def retrain(config: PathLike, *, dry_run: bool = False, display: Display | None 
     from medseg.retraining.tick import retrain as run
 
     return run(Path(config), dry_run=dry_run, display=display)
+
+
+def local_model(model: PathLike, *, track: PathLike) -> Path:
+    """Return the folder of a model; "models:/NAME@ALIAS" is fetched once from the registry of the store in `track`.
+
+    Raises
+    ------
+    ConfigError, BundleError : the store does not answer; there is no such model.
+    """
+    if not str(model).startswith("models:/"):
+        return Path(model)
+    from medseg.tracking import fetch
+
+    return fetch(Path(track), str(model), Path(track) / "models")
 
 
 def _path(value: PathLike | None) -> Path | None:

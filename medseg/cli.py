@@ -194,7 +194,7 @@ def predict(
 
     result = api.predict(
         *inputs,
-        model=_model(model, track),
+        model=api.local_model(model, track=track),
         out=out,
         mirror=mirror,
         cases=None if cases is None else cases.value,
@@ -245,19 +245,25 @@ def report(
     evaluation: Annotated[Path, typer.Option(help="Output folder of medseg evaluate.")],
     out: Annotated[Path, typer.Option(help="Folder for the page.")],
     against: Annotated[Path | None, typer.Option(help="Another evaluation of the same cases, to compare with.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Folder of masks that were scored: adds pictures.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="What they were scored against: adds pictures.")] = None,
+    splits: Splits = None,
 ) -> None:
     """Write a study report as one offline page.
 
-    Example: medseg report --evaluation scores --out report
+    Example: medseg report --evaluation scores --predictions masks --reference data_specs/hippocampus.yaml --out report
     """
     from medseg import api
 
-    console.print(f"Page: {api.report(evaluation, out=out, against=against)}", highlight=False)
+    page = api.report(
+        evaluation, out=out, against=against, predictions=predictions, reference=reference, splits=splits
+    )
+    console.print(f"Page: {page}", highlight=False)
 
 
 @app.command()
 def retrain(
-    config: Annotated[Path, typer.Argument(help="YAML of the retraining job, see pipelines/retraining.py.")],
+    config: Annotated[Path, typer.Argument(help="YAML of the job, see pipelines/retraining.example.yaml.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     json: Json = False,
 ) -> None:
@@ -339,15 +345,6 @@ def _display() -> Any:
     return Display(console)
 
 
-def _model(text: str, store: Path) -> Path:
-    """Return a local folder for a path or for models:/NAME@ALIAS (fetched once into the store's folder)."""
-    if not text.startswith("models:/"):
-        return Path(text)
-    from medseg.tracking import fetch
-
-    return fetch(store, text, store / "models")
-
-
 def _as_json(value: Any) -> str:
     import json
 
@@ -375,10 +372,10 @@ def _summary_table(result: Any) -> Any:
     return table
 
 
-def main() -> None:
-    """Run the command line; a MedsegError becomes a message and an exit code."""
+def main(application: typer.Typer = app) -> None:
+    """Run the command line (or a pipeline's); a MedsegError becomes a message and an exit code."""
     try:
-        app()
+        application()
     except MedsegError as error:
         if os.environ.get("MEDSEG_DEBUG"):
             raise

@@ -11,8 +11,10 @@ from medseg.evaluation.table import Evaluation
 from medseg.tracking import start
 
 
-def track_evaluation(evaluation: Evaluation, predictions: Path, out: Path, *, store: Path) -> str | None:
-    """Log the per-case table, the summary and the mean Dice; returns the id of the run.
+def track_evaluation(
+    evaluation: Evaluation, predictions: Path, out: Path, *, store: Path, page: Path | None = None
+) -> str | None:
+    """Log the per-case table, the summary, the mean Dice and (with `page`) the report; returns the id of the run.
 
     The run is the one that trained the model (named in predictions.json), else a new one.
     """
@@ -27,4 +29,6 @@ def track_evaluation(evaluation: Evaluation, predictions: Path, out: Path, *, st
         tracker.metrics({key: value for key, value in scores.items() if value is not None}, step=0)
         tracker.artifact(out / "cases.csv", f"evaluation/{part}")
         tracker.artifact(out / "summary.csv", f"evaluation/{part}")
+        if page is not None:
+            tracker.artifact(page, f"evaluation/{part}")
         return tracker.run_id
