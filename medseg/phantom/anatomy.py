@@ -69,7 +69,7 @@ def _into_template(places: Points, rng: np.random.Generator) -> Points:
     scale = rng.uniform(0.95, 1.06) * rng.uniform(0.97, 1.03, 3)
     shift = rng.uniform(-4, 4, 3)
     posed = (turn / scale[:, None]).astype(np.float32) @ (places - shift[:, None].astype(np.float32))
-    return random_warp(rng, step=60.0, sigma=9.0)(posed)
+    return random_warp(rng, step=60.0, sigma=8.0)(posed)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def _paint(points: Points, rng: np.random.Generator, *, softness: float) -> _Can
     canvas = _Canvas(np.full(count, 0.01, np.float32), np.zeros(count, np.uint8), softness)
     spaces = _spaces(points, fat=rng.uniform(7, 15))
     moves = {name: jitter(part.shape, rng, amount=1.0) for name, part in PARTS.items() if part.shape}
-    contrast = rng.normal(1.0, 0.04)
+    contrast = rng.normal(1.0, 0.03)
     for name, part in PARTS.items():
         brightness = contrast * (part.signal[0] + part.signal[1] * np.clip(rng.standard_normal(), -2, 2))
         depth = _depth(part, points, spaces, moves.get(part.follows or name))

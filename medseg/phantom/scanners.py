@@ -51,9 +51,9 @@ class Protocol:
 
 
 SCANNERS: tuple[Scanner, ...] = (
-    Scanner("Northlight Imaging", gain=640.0, offset=0.0, noise=0.025, shading=0.12),
-    Scanner("Kestrel Medical", gain=1800.0, offset=60.0, noise=0.030, shading=0.18),
-    Scanner("Meridian Scanners", gain=265.0, offset=12.0, noise=0.035, shading=0.15),
+    Scanner("Northlight Imaging", gain=640.0, offset=0.0, noise=0.022, shading=0.10),
+    Scanner("Kestrel Medical", gain=1800.0, offset=60.0, noise=0.026, shading=0.15),
+    Scanner("Meridian Scanners", gain=265.0, offset=12.0, noise=0.030, shading=0.12),
 )
 
 PROTOCOLS: tuple[Protocol, ...] = (

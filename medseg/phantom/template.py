@@ -137,18 +137,18 @@ PARTS: dict[str, Part] = {
     "small_bowel": Part("abdomen", (0.56, 0.08), SMALL_BOWEL, grow=-4, margin=6, follows="bowel_wall"),
     "colon": Part("abdomen", (0.36, 0.10), COLON, margin=2),
     "pancreas": Part("abdomen", (0.60, 0.03), PANCREAS),
-    "stomach_wall": Part("abdomen", (0.46, 0.03), STOMACH, margin=2),
+    "stomach_wall": Part("abdomen", (0.52, 0.03), STOMACH, margin=2),
     "stomach": Part("abdomen", (0.36, 0.10), STOMACH, grow=-4, margin=6, follows="stomach_wall"),
-    "liver": Part("abdomen", (0.60, 0.03), LIVER, "liver", margin=2),
-    "portal_vein": Part("abdomen", (0.47, 0.04), PORTAL_VEIN, "liver", margin=8, follows="liver"),
+    "liver": Part("abdomen", (0.62, 0.02), LIVER, "liver", margin=2),
+    "portal_vein": Part("abdomen", (0.50, 0.03), PORTAL_VEIN, "liver", margin=8, follows="liver"),
     "gallbladder": Part("abdomen", (0.30, 0.06), GALLBLADDER, margin=4),
-    "spleen": Part("abdomen", (0.47, 0.03), SPLEEN, "spleen", margin=2),
+    "spleen": Part("abdomen", (0.43, 0.02), SPLEEN, "spleen", margin=2),
     "fat_right": Part("abdomen", (0.92, 0.03), KIDNEY_RIGHT, grow=5, follows="kidney_right"),
     "fat_left": Part("abdomen", (0.92, 0.03), KIDNEY_LEFT, grow=5, follows="kidney_left"),
-    "kidney_right": Part("abdomen", (0.54, 0.03), KIDNEY_RIGHT, "kidney_right", margin=3),
-    "kidney_left": Part("abdomen", (0.54, 0.03), KIDNEY_LEFT, "kidney_left", margin=3),
-    "pyramids_right": Part("abdomen", (0.43, 0.03), PYRAMIDS_RIGHT, "kidney_right", margin=9, follows="kidney_right"),
-    "pyramids_left": Part("abdomen", (0.43, 0.03), PYRAMIDS_LEFT, "kidney_left", margin=9, follows="kidney_left"),
+    "kidney_right": Part("abdomen", (0.54, 0.02), KIDNEY_RIGHT, "kidney_right", margin=3),
+    "kidney_left": Part("abdomen", (0.54, 0.02), KIDNEY_LEFT, "kidney_left", margin=3),
+    "pyramids_right": Part("abdomen", (0.45, 0.02), PYRAMIDS_RIGHT, "kidney_right", margin=9, follows="kidney_right"),
+    "pyramids_left": Part("abdomen", (0.45, 0.02), PYRAMIDS_LEFT, "kidney_left", margin=9, follows="kidney_left"),
     "back_muscles": Part("torso", (0.44, 0.03), BACK_MUSCLES, margin=2),
     "arch": Part("torso", (0.35, 0.03), ARCH, margin=4),
     "vertebrae": Part("torso", (0.62, 0.04), VERTEBRAE),
@@ -159,5 +159,5 @@ PARTS: dict[str, Part] = {
 }
 """In order of painting; the lesion is added last, in the liver that the patient has."""
 
-LESION_SIGNAL = (0.32, 0.025)
+LESION_SIGNAL = (0.29, 0.02)
 LESION_RADIUS_MM = (22.0, 28.0)
