@@ -129,9 +129,9 @@ class Plan(Config):
 
     @property
     def preparation(self) -> dict[str, Any]:
-        """What the deterministic part of the preparation depends on."""
+        """What the deterministic part of the preparation depends on, the order of the channels included."""
         chosen = self.model_dump(mode="json", include={"orientation", "spacing", "normalisation"})
-        return dict(chosen)
+        return {**chosen, "channels": list(self.normalisation)}
 
 
 def read_plan(path: Path) -> Plan:

@@ -17,6 +17,11 @@ from torch import Generator, Tensor
 from medseg.planning.plan import Augmentation, Triple
 from medseg.registry import Registry
 
+CONTROL_POINTS = 5
+"""Of the elastic deformation, along each axis."""
+FLAT = 3
+"""A patch that is so many times longer than thick is turned within its slices only."""
+
 
 @dataclass(frozen=True)
 class Space:
@@ -32,48 +37,87 @@ class Space:
     control: Tensor | None
 
 
-def draw_space(generator: Generator, batch: int, plan: Augmentation, *, dimensions: int) -> Space:
-    """Draw rotation, scale, mirroring and elastic deformation for `batch` patches (in a 2-D plan within the slice)."""
+def thin_axis(size: Triple, dimensions: int) -> int | None:
+    """Return the axis along which nothing is turned, scaled or bent: the slices' in 2-D, a patch's very short one.
+
+    A flat patch that is tilted leaves its region; nnU-Net turns it within its slices too.
+    """
+    if dimensions == 2:
+        return 2
+    shortest = size.index(min(size))
+    return shortest if max(size) > FLAT * size[shortest] else None
+
+
+def draw_space(generator: Generator, batch: int, plan: Augmentation, *, size: Triple, dimensions: int) -> Space:
+    """Draw rotation, scale, mirroring and elastic deformation for `batch` patches of `size`."""
+    thin = thin_axis(size, dimensions)
     matrices = torch.eye(3).repeat(batch, 1, 1)
     moved = _chance(generator, batch, plan.spatial_probability)
     angles = (torch.rand((batch, 3), generator=generator) * 2 - 1) * plan.rotation * torch.pi / 180
     low, high = plan.scale
     zoom = low + (high - low) * torch.rand(batch, generator=generator)
-    axes = (0, 1, 2) if dimensions == 3 else (2,)
-    for axis in axes:
+    for axis in range(3) if thin is None else (thin,):
         matrices = matrices @ _rotation(angles[:, axis] * moved, axis)
     scale = torch.where(moved, zoom, torch.ones(batch))
     matrices = matrices * scale[:, None, None]
+    if thin is not None:
+        matrices[:, thin, :] = matrices[:, :, thin] = torch.eye(3)[thin]
     for axis in plan.mirror_axes:
         sign = 1 - 2 * _chance(generator, batch, 0.5).float()
         matrices[:, :, axis] *= sign[:, None]
-    if dimensions == 2:
-        matrices[:, 2, :] = matrices[:, :, 2] = torch.tensor([0.0, 0.0, 1.0])
     control = None
     if plan.elastic > 0 and plan.spatial_probability > 0:
-        points = (5, 5, 5) if dimensions == 3 else (5, 5, 1)
-        control = (
-            torch.randn((batch, 3, *points), generator=generator) * plan.elastic * moved[:, None, None, None, None]
-        )
-        if dimensions == 2:
-            control[:, 2] = 0
+        points = [1 if axis == thin else CONTROL_POINTS for axis in range(3)]
+        # A fifth of the distance of control points at most: more would fold small patches.
+        reach = torch.tensor([min(plan.elastic, (n - 1) / (CONTROL_POINTS - 1) / 5) for n in size])
+        if thin is not None:
+            reach[thin] = 0
+        control = torch.randn((batch, 3, *points), generator=generator) * reach.reshape(1, 3, 1, 1, 1)
+        control = control * moved[:, None, None, None, None]
     return Space(matrices, control)
 
 
 def apply_space(images: Tensor, masks: Tensor, space: Space, size: Triple) -> tuple[Tensor, Tensor]:
     """Write patches of `size` from regions: images (B, C, *R) trilinear, masks (B, 1, *R) nearest neighbour.
 
-    Outside of the region the image is 0 (the mean) and the mask 0.
+    Outside of the region the image is 0 (the mean) and the mask 0. Patches that are only mirrored are cut out
+    exactly.
     """
-    batch = images.shape[0]
-    axes = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in size]
+    image = images.new_empty((*images.shape[:2], *size))
+    mask = masks.new_empty((*masks.shape[:2], *size))
+    spare = [have - want for have, want in zip(images.shape[2:], size, strict=True)]
+    exact = _only_mirrored(space) & all(n >= 0 and n % 2 == 0 for n in spare)
+    box = (slice(None), *(slice(n // 2, n // 2 + want) for n, want in zip(spare, size, strict=True)))
+    for number in exact.nonzero().flatten().tolist():
+        mirrored = [axis + 1 for axis in range(3) if space.matrices[number, axis, axis] < 0]
+        image[number] = images[number][box].flip(mirrored)
+        mask[number] = masks[number][box].flip(mirrored)
+    others = (~exact).nonzero().flatten()
+    if len(others):
+        control = None if space.control is None else space.control[others]
+        moved = Space(space.matrices[others], control)
+        others = others.to(images.device)
+        image[others], mask[others] = _sampled(images[others], masks[others], moved, size)
+    return image, mask
+
+
+def _only_mirrored(space: Space) -> Tensor:
+    """Return (B,) bool: no change of a patch beyond mirroring."""
+    mirrored = (space.matrices.abs() == torch.eye(3)).all(dim=2).all(dim=1)
+    return mirrored if space.control is None else mirrored & (space.control == 0).flatten(1).all(dim=1)
+
+
+def _sampled(images: Tensor, masks: Tensor, space: Space, size: Triple) -> tuple[Tensor, Tensor]:
+    """Sample patches at their places in the regions, on the device of the images."""
+    device = images.device
+    axes = [torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in size]
     offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(1, -1, 3)
-    points = (offsets @ space.matrices.transpose(1, 2)).reshape(batch, *size, 3)
+    points = (offsets @ space.matrices.to(device).transpose(1, 2)).reshape(-1, *size, 3)
     if space.control is not None:
-        field = F.interpolate(space.control, size, mode="trilinear", align_corners=True)
+        field = F.interpolate(space.control.to(device), size, mode="trilinear", align_corners=True)
         points = points + field.permute(0, 2, 3, 4, 1)
-    half = torch.tensor([max(n - 1, 1) / 2 for n in images.shape[2:]])
-    grid = (points / half).flip(-1).to(images.device)
+    half = torch.tensor([max(n - 1, 1) / 2 for n in images.shape[2:]], device=device)
+    grid = (points / half).flip(-1)
     image = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     mask = F.grid_sample(masks.float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
     return image, mask.to(masks.dtype)
@@ -131,20 +175,22 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def _contrast(image: Tensor, factor: float) -> Tensor:
-    mean = image.mean(dim=tuple(range(1, image.ndim)), keepdim=True)
-    low, high = image.min(), image.max()
-    return ((image - mean) * factor + mean).clamp(float(low), float(high))
+    axes = tuple(range(1, image.ndim))
+    mean = image.mean(dim=axes, keepdim=True)
+    low, high = image.amin(dim=axes, keepdim=True), image.amax(dim=axes, keepdim=True)
+    return ((image - mean) * factor + mean).clamp(low, high)
 
 
 def _gamma(image: Tensor, exponent: float) -> Tensor:
-    """Raise the intensities to a power between their extremes, keeping mean and deviation (negative: inverted)."""
+    """Raise each channel to a power between its extremes, keeping mean and deviation (negative: inverted)."""
+    axes = tuple(range(1, image.ndim))
     sign = -1.0 if exponent < 0 else 1.0
     x = image * sign
-    low, high = x.amin(), x.amax()
-    mean, deviation = x.mean(), x.std(correction=0)
+    low, high = x.amin(dim=axes, keepdim=True), x.amax(dim=axes, keepdim=True)
+    mean, deviation = x.mean(dim=axes, keepdim=True), x.std(dim=axes, correction=0, keepdim=True)
     powered = ((x - low) / (high - low).clamp(min=1e-6)) ** abs(exponent)
-    centred = (powered - powered.mean()) / powered.std(correction=0).clamp(min=1e-6)
-    return (centred * deviation + mean) * sign
+    spread = powered.std(dim=axes, correction=0, keepdim=True).clamp(min=1e-6)
+    return ((powered - powered.mean(dim=axes, keepdim=True)) / spread * deviation + mean) * sign
 
 
 def _low_resolution(image: Tensor, factor: float) -> Tensor:
@@ -191,7 +237,7 @@ def augment(
     """
     generator = torch.Generator().manual_seed(seed)
     batch = images.shape[0]
-    space = draw_space(generator, batch, plan, dimensions=dimensions)
+    space = draw_space(generator, batch, plan, size=size, dimensions=dimensions)
     images, masks = apply_space(images, masks, space, size)
     for name, row in AUGMENTATIONS.items():
         numbers = row.draw(generator, batch)

@@ -48,13 +48,14 @@ class CaseCache(Transform):
     def __call__(self, data: Case | Mapping[str, Any]) -> dict[str, Any]:
         """Store prepared data, or open a case that was stored."""
         if isinstance(data, Case):
-            return self._open[data.id]
-        self._store(data)
-        return self.open(data["case"])
+            return self._open.get(data.id) or self.open(data)
+        return self._map(data["case"], self._store(data))
 
     def open(self, case: Case) -> dict[str, Any]:
         """Memory-map a stored case."""
-        place = self.place(case)
+        return self._map(case, self.place(case))
+
+    def _map(self, case: Case, place: Path) -> dict[str, Any]:
         arrays = {name.removesuffix(".npy"): np.load(place / name, mmap_mode="r") for name in _FILES}
         self._open[case.id] = {"case": case, **arrays}
         return self._open[case.id]
@@ -64,11 +65,11 @@ class CaseCache(Transform):
         place = self.place(case)
         try:
             meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+            return bool(meta == {"files": {name: file_digest(place / name) for name in _FILES}})
         except (OSError, ValueError):
             return False
-        return all((place / n).exists() and file_digest(place / n) == meta["files"][n] for n in _FILES)
 
-    def _store(self, data: Mapping[str, Any]) -> None:
+    def _store(self, data: Mapping[str, Any]) -> Path:
         place = self.place(data["case"])
         shutil.rmtree(place, ignore_errors=True)
         mask = np.asarray(data["mask"])
@@ -80,6 +81,7 @@ class CaseCache(Transform):
         for name, array in content.items():
             write_atomically(place / name, _npy_writer(array))
         write_json(place / "meta.json", {"files": {name: file_digest(place / name) for name in _FILES}})
+        return place
 
 
 def prepare_cases(
@@ -101,10 +103,10 @@ def prepare_cases(
         else:
             try:
                 path(case)
-            except MedsegError:
-                raise
             except RuntimeError as error:  # MONAI wraps what a transform raises
-                raise (error.__cause__ if isinstance(error.__cause__, MedsegError) else error) from error
+                if isinstance(error.__cause__, MedsegError):
+                    raise error.__cause__ from None
+                raise
         progress(number + 1, len(cases))
 
 
@@ -124,9 +126,10 @@ def class_locations(spec: Spec, mask: NDArray[Any]) -> NDArray[np.int32]:
     """
     rows = [np.zeros((0, 4), np.int32)]
     for number, value in enumerate(spec.foreground.values()):
-        found = np.argwhere(mask == value)
-        chosen = found[:: max(1, len(found) // LOCATIONS_PER_CLASS)][:LOCATIONS_PER_CLASS]
-        rows.append(np.column_stack([np.full(len(chosen), number), chosen]).astype(np.int32))
+        found = np.flatnonzero(mask == value)
+        spread = np.linspace(0, len(found) - 1, min(len(found), LOCATIONS_PER_CLASS)).round().astype(np.int64)
+        places = np.unravel_index(found[spread], mask.shape)
+        rows.append(np.column_stack([np.full(len(spread), number), *places]).astype(np.int32))
     return np.concatenate(rows)
 
 

@@ -39,7 +39,7 @@ def training_path(spec: Spec, plan: Plan, cache: CaseCache) -> Compose:
             LoadStudy(spec),
             *geometry_and_intensity(plan),
             cache,
-            SamplePatch(region_size(plan)),
+            SamplePatch(region_size(plan), plan.patch_size),
         ]
     )
 
@@ -61,6 +61,6 @@ def _cache_position(path: Compose) -> int:
 
 
 def region_size(plan: Plan) -> Triple:
-    """Return the size of what is read for a patch: larger along the axes that augmentation turns."""
-    i, j, k = (math.ceil(n * REACH) if n > 1 else n for n in plan.patch_size)
+    """Return the size of what is read for a patch: larger by whole voxels on both sides, so that centres agree."""
+    i, j, k = (n + 2 * math.ceil(n * (REACH - 1) / 2) if n > 1 else n for n in plan.patch_size)
     return i, j, k

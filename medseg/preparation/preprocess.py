@@ -55,10 +55,9 @@ Step = Oriented | Cropped | Resampled
 
 
 def as_meta_tensor(volume: Volume) -> MetaTensor:
-    """Return a float32 (or integer) MetaTensor of the volume's array and affine."""
-    return MetaTensor(
-        torch.from_numpy(np.ascontiguousarray(volume.array)), affine=torch.from_numpy(volume.affine.copy())
-    )
+    """Return a MetaTensor of the volume's array and affine; the array is shared unless it is read-only."""
+    array = np.require(volume.array, requirements=["C", "W"])
+    return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(volume.affine.copy()))
 
 
 class LoadStudy(Transform):

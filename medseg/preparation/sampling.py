@@ -24,14 +24,18 @@ class SamplePatch(Randomizable, Transform):
     Parameters
     ----------
     size : (I, J, K) of the region; what lies outside of the image is 0 in the image and in the mask.
+    patch : (I, J, K) of its centre part, for which it is read (see preparation.augment); the region unless told.
+        The patch lies inside an image that is large enough for it, so that no border is left out.
 
-    Given {"image", "mask", "locations", "foreground"} as memory maps, "foreground" True demands a region centred at
-    a voxel of a label (label by label with equal probability, then voxel); False any place. A case without
-    foreground is sampled anywhere. Randomness comes from ``set_random_state``, as with MONAI's own.
+    Given {"image", "mask", "locations", "foreground"} as memory maps, "foreground" True demands a patch that holds
+    a voxel of a label, at its centre where the image is large enough (label by label with equal probability, then
+    voxel); False any place. A case without foreground is sampled anywhere. Randomness comes from
+    ``set_random_state``, as with MONAI's own.
     """
 
-    def __init__(self, size: Triple) -> None:
+    def __init__(self, size: Triple, patch: Triple | None = None) -> None:
         self.size = size
+        self.patch = patch or size
         self.centre = (0, 0, 0)
 
     def randomize(self, data: Mapping[str, Any]) -> None:
@@ -50,14 +54,16 @@ class SamplePatch(Randomizable, Transform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Draw and read: {"case", "image" (C, *size), "mask" (1, *size)} as tensors."""
         self.randomize(data)
-        start = patch_start(self.centre, self.size, data["image"].shape[1:])
+        i, j, k = patch_start(self.centre, self.patch, data["image"].shape[1:])
+        margin = [(n - p) // 2 for n, p in zip(self.size, self.patch, strict=True)]
+        start = (i - margin[0], j - margin[1], k - margin[2])
         image = MetaTensor(torch.from_numpy(read_region(data["image"], start, self.size)))
         mask = MetaTensor(torch.from_numpy(read_region(data["mask"], start, self.size)))
         return {"case": data["case"], "image": image, "mask": mask}
 
 
 def patch_start(centre: Triple, size: Triple, shape: tuple[int, ...]) -> Triple:
-    """Return the first voxel of a region: centred, but moved inside an image that is large enough for it."""
+    """Return the first voxel of a patch: centred, but inside an image that is larger and around one that is not."""
     start = []
     for c, n, s in zip(centre, size, shape, strict=True):
         low, high = min(0, s - n), max(0, s - n)
@@ -68,7 +74,9 @@ def patch_start(centre: Triple, size: Triple, shape: tuple[int, ...]) -> Triple:
 def read_region(array: NDArray[Any], start: Triple, size: Triple) -> NDArray[Any]:
     """Return a copy of (C, *size) from (C, I, J, K), 0 where the region lies outside."""
     result = np.zeros((array.shape[0], *size), dtype=array.dtype)
-    inside = [(max(0, s), min(s + n, m)) for s, n, m in zip(start, size, array.shape[1:], strict=True)]
+    inside = [(min(max(0, s), m), max(0, min(s + n, m))) for s, n, m in zip(start, size, array.shape[1:], strict=True)]
+    if any(a >= b for a, b in inside):
+        return result
     source = tuple(slice(a, b) for a, b in inside)
     target = tuple(slice(a - s, b - s) for (a, b), s in zip(inside, start, strict=True))
     result[(slice(None), *target)] = array[(slice(None), *source)]

@@ -1,0 +1,172 @@
+"""Sampling: which case, which place, exactly which voxels."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.transforms import Compose, RandFlipd
+
+from medseg.preparation.sampling import Draw, SamplePatch, draws, patch_start, read_region
+
+triples = st.tuples(*[st.integers(1, 9)] * 3)
+
+
+def opened(shape: tuple[int, int, int] = (12, 10, 8), labels: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+    """A case whose image holds the number of each voxel, and whose labels sit in its far corners."""
+    image = np.arange(1, math.prod(shape) + 1, dtype=np.float32).reshape(1, *shape)
+    mask = np.zeros((1, *shape), np.uint8)
+    corners = [(0, 0, 0), tuple(n - 1 for n in shape)]
+    rows = []
+    for label in labels:
+        mask[(0, *corners[label])] = label + 1
+        rows.append((label, *corners[label]))
+    locations = np.array(rows, np.int32).reshape(-1, 4)
+    return {"case": "x", "image": image, "mask": mask, "locations": locations, "foreground": True}
+
+
+@settings(max_examples=80)
+@given(shape=triples, size=triples, start=st.tuples(*[st.integers(-12, 12)] * 3))
+def test_region_is_what_indexing_gives(
+    shape: tuple[int, int, int], size: tuple[int, int, int], start: tuple[int, int, int]
+) -> None:
+    array = np.arange(1, 2 * math.prod(shape) + 1).reshape(2, *shape)
+    found = read_region(array, start, size)
+    assert found.shape == (2, *size)
+    for index in np.ndindex(*size):
+        place = tuple(i + s for i, s in zip(index, start, strict=True))
+        inside = all(0 <= p < n for p, n in zip(place, shape, strict=True))
+        expected = array[(slice(None), *place)] if inside else [0, 0]
+        assert list(found[(slice(None), *index)]) == list(expected)
+
+
+def test_region_is_a_copy_of_the_same_type() -> None:
+    array = np.ones((1, 4, 4, 4), np.int32)
+    found = read_region(array, (0, 0, 0), (2, 2, 2))
+    found[:] = 5
+    assert array.max() == 1
+    assert found.dtype == np.int32
+
+
+@given(shape=triples, size=triples, place=triples)
+def test_patch_holds_its_centre_and_lies_inside_or_around_the_image(
+    shape: tuple[int, int, int], size: tuple[int, int, int], place: tuple[int, int, int]
+) -> None:
+    centre = tuple(p % n for p, n in zip(place, shape, strict=True))
+    for start, n, s, c in zip(patch_start(centre, size, shape), size, shape, centre, strict=True):
+        assert start <= c < start + n
+        if s >= n:
+            assert 0 <= start <= s - n
+        else:
+            assert s - n <= start <= 0
+
+
+@pytest.mark.parametrize("shape", [(30, 30, 30), (12, 10, 8), (5, 40, 9), (3, 3, 3)])
+def test_foreground_lies_in_the_patch_itself(shape: tuple[int, int, int]) -> None:
+    """Labels in the very corner of an image are learnt too, not only where regions have room for margins."""
+    sample = SamplePatch((12, 12, 8), (8, 8, 6))
+    for seed in range(20):
+        sample.set_random_state(seed=seed)
+        region = sample(opened(shape))
+        patch = region["mask"][:, 2:10, 2:10, 1:7]
+        assert (patch > 0).any()
+
+
+def test_region_is_the_patch_and_its_surroundings() -> None:
+    sample = SamplePatch((8, 8, 6), (4, 4, 2))
+    for seed in range(10):
+        data = {**opened(), "foreground": False}
+        sample.set_random_state(seed=seed)
+        region = sample(data)["image"].as_tensor().numpy()
+        start = patch_start(sample.centre, (4, 4, 2), (12, 10, 8))
+        assert np.array_equal(region, read_region(data["image"], tuple(s - 2 for s in start), (8, 8, 6)))
+        patch = region[:, 2:6, 2:6, 2:4]
+        assert (patch > 0).all(), "a patch of a large image has no voxel outside of it"
+
+
+def test_image_smaller_than_the_patch_is_whole_in_it() -> None:
+    data = opened((3, 4, 2))
+    sample = SamplePatch((10, 10, 10), (8, 8, 8))
+    sample.set_random_state(seed=1)
+    patch = sample(data)["image"].as_tensor().numpy()[:, 1:9, 1:9, 1:9]
+    assert sorted(patch[patch > 0]) == list(range(1, 25))
+
+
+def test_labels_are_drawn_equally_often_whatever_their_size() -> None:
+    data = opened()
+    data["locations"] = np.array([(0, 1, 1, 1)] * 500 + [(1, 10, 8, 6)] * 3, np.int32)
+    sample = SamplePatch((1, 1, 1))
+    sample.set_random_state(seed=0)
+    counts: Counter[int] = Counter()
+    for _ in range(1000):
+        sample.randomize(data)
+        counts[sample.centre[0]] += 1
+    assert set(counts) == {1, 10}
+    assert abs(counts[1] - 500) < 70  # more than four standard deviations
+
+
+def test_every_voxel_may_be_the_centre() -> None:
+    data = {**opened((3, 2, 2)), "foreground": False}
+    sample = SamplePatch((1, 1, 1))
+    sample.set_random_state(seed=0)
+    found = {float(sample(data)["image"]) for _ in range(300)}
+    assert found == set(range(1, 13))
+
+
+def test_a_case_without_foreground_is_sampled_anywhere() -> None:
+    sample = SamplePatch((4, 4, 4))
+    sample.set_random_state(seed=0)
+    assert sample(opened(labels=()))["image"].shape == (1, 4, 4, 4)
+
+
+def test_same_random_state_same_region_in_a_compose_of_monai() -> None:
+    path = Compose([SamplePatch((4, 4, 4)), RandFlipd(["image", "mask"], prob=0.5, spatial_axis=0)])
+    data = {**opened(), "foreground": False}
+
+    def run(seed: int) -> list[np.ndarray[Any, Any]]:
+        path.set_random_state(seed=seed)
+        return [path(data)["image"].as_tensor().numpy() for _ in range(4)]
+
+    first, again, other = run(3), run(3), run(4)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not all(np.array_equal(first[0], b) for b in first[1:])
+
+
+@settings(max_examples=50)
+@given(cases=st.integers(1, 12), batch=st.integers(1, 7), share=st.integers(0, 100), seed=st.integers(0, 2**31))
+def test_cases_take_turns_and_the_foreground_share_is_kept(cases: int, batch: int, share: int, seed: int) -> None:
+    steps = [
+        draws(seed=seed, step=step, batch_size=batch, cases=cases, foreground_share=share / 100)
+        for step in range(cases * 2)
+    ]
+    rows = [row for step in steps for row in step]
+    # batch * 2 * cases places: every case exactly 2 * batch times, and once in every round.
+    assert set(Counter(row.case_index for row in rows).values()) == {2 * batch}
+    for begin in range(0, len(rows), cases):
+        assert {row.case_index for row in rows[begin : begin + cases]} == set(range(cases))
+    for step in steps:
+        forced = [row.foreground for row in step]
+        assert sum(forced) == -(-share * batch // 100)
+        assert forced == sorted(forced, reverse=True)
+
+
+def test_share_that_is_a_whole_number_is_not_rounded_up() -> None:
+    rows = draws(seed=0, step=0, batch_size=10, cases=3, foreground_share=0.1 + 0.2)
+    assert sum(row.foreground for row in rows) == 3
+
+
+def test_draws_are_a_pure_function_of_the_step() -> None:
+    def at(step: int, seed: int = 1) -> list[Draw]:
+        return draws(seed=seed, step=step, batch_size=4, cases=5, foreground_share=0.5)
+
+    forward = [at(step) for step in range(6)]
+    assert [at(step) for step in reversed(range(6))] == forward[::-1]
+    seeds = [row.seed for step in forward for row in step]
+    assert len(set(seeds)) == len(seeds)
+    assert [at(step, seed=2) for step in range(6)] != forward
