@@ -93,8 +93,6 @@ class UNet(nn.Module):
         )
         self.heads = nn.ModuleList(_CONV[spatial_dims](features[i], out_channels, 1) for i in levels)
         self.apply(_initialise)
-        for head in self.heads:  # start undecided: large first logits can silence a small class for good
-            nn.init.normal_(head.weight, std=0.01)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, *S) to logits (B, K, *S)."""

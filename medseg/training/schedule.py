@@ -129,7 +129,7 @@ class ByRecord:
     """What another run did, step for step: its learning-rate shares and the steps after which it validated."""
 
     def __init__(self, factors: Sequence[float], validated: Sequence[int]) -> None:
-        self.factors, self.validated = list(factors), set(validated)
+        self.factors, self._marks = list(factors), set(validated)
 
     def factor(self, step: int) -> float | None:
         """Return the recorded share."""
@@ -137,7 +137,7 @@ class ByRecord:
 
     def validate_after(self, step: int) -> bool:
         """Tell whether the other run validated here."""
-        return step in self.validated
+        return step in self._marks
 
     def progress(self, step: int) -> float:
         """Return the share of steps done."""
