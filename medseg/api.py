@@ -6,10 +6,11 @@ that needs them is called.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.display import Display
 from medseg.duration import seconds
@@ -60,15 +61,16 @@ def plan(
     from medseg.planning.fingerprint import take_fingerprint
     from medseg.planning.plan import write_plan
     from medseg.spec import load_dataset
-    from medseg.training.run import Request, make_plan
+    from medseg.training.request import Request
+    from medseg.training.run import make_plan
 
     display = display or Display(None)
+    length = _length(budget=budget, steps=steps)
     found = load_dataset(Path(dataset), splits=_path(splits))
     with display:
         display.stage("reading")
         fingerprint = take_fingerprint(found.spec, found.select("train"), progress=display.counted)
         display.stage("measuring step times")
-        length = None if steps else _seconds(budget if budget is not None else DEFAULT_BUDGET)
         request = Request(budget=length, steps=steps, settings=tuple(settings), seed=seed)
         made, reasons = make_plan(found, fingerprint, request, best_device())
     if out is not None:
@@ -115,17 +117,16 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
     ConfigError : options that exclude each other.
     SpecError, PlanError, TrainingError : the data, the plan or the run folder do not fit.
     """
-    from medseg.training.run import Request
+    from medseg.training.request import Request
     from medseg.training.run import train as run
 
     began = time.monotonic() if began is None else began
-    given = [
-        name for name, value in (("budget", budget), ("steps", steps), ("epochs", epochs), ("replay", replay)) if value
-    ]
-    if len(given) > 1:
-        raise ConfigError(f"give one of budget, steps, epochs and replay, not {' and '.join(given)}")
+    length = _length(budget=budget, steps=steps, epochs=epochs, replay=replay)
+    given = {"folds": folds, "fold": fold, "network": network, "settings": settings or None, "plan": plan}
+    if replay is not None and (others := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(f"replay repeats a run with its own options; leave out {', '.join(others)}")
     request = Request(
-        budget=_seconds(DEFAULT_BUDGET if budget is None else budget) if not given or budget else None,
+        budget=length,
         steps=steps,
         epochs=epochs,
         folds=folds,
@@ -265,5 +266,22 @@ def _path(value: PathLike | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-def _seconds(value: str | float) -> float:
-    return seconds(value) if isinstance(value, str) else float(value)
+def _length(*, budget: str | float | None, **others: Any) -> float | None:
+    """Return the budget in seconds (the default where no length is given at all); None for a run by `others`."""
+    given = [name for name, value in {"budget": budget, **others}.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"give one of budget, {_words(list(others))}, not {' and '.join(given)}")
+    for name, value in others.items():
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"{name} {value}: at least 1 is needed")
+    if given and budget is None:
+        return None
+    value = DEFAULT_BUDGET if budget is None else budget
+    length = seconds(value) if isinstance(value, str) else float(value)
+    if not (math.isfinite(length) and length > 0):
+        raise ConfigError(f"budget {value}: a duration must be finite and longer than nothing; 90s, 10m or 1h30m")
+    return length
+
+
+def _words(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -50,6 +50,13 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | N
             temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path, *, deep: bool = True) -> None:
+    """Remove what killed processes left half written in `folder` and (`deep`) below it."""
+    pattern = f"{PARTIAL_PREFIX}*"
+    for leftover in (folder.rglob(pattern) if deep else folder.glob(pattern)) if folder.is_dir() else ():
+        leftover.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
     """Write `text` (UTF-8) atomically."""
 

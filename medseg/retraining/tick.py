@@ -39,7 +39,8 @@ from medseg.retraining.result import RetrainResult, result_of
 from medseg.retraining.rule import Check, judge, judge_first
 from medseg.retraining.settings import load_settings
 from medseg.tracking import fetch, list_versions, start
-from medseg.training.run import Request, train
+from medseg.training.request import Request
+from medseg.training.run import train
 
 TICK = "tick"
 

@@ -8,7 +8,7 @@ Each stage is skipped when its artefact is there, so that the same command goes 
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import time
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from medseg.bundle import MODEL_FILE, Bundle, open_bundle
+from medseg.bundle import MODEL_FILE, Bundle, make_network, open_bundle
 from medseg.device import best_device
 from medseg.display import Display, clock
-from medseg.errors import TrainingError
-from medseg.files import digest, write_json
+from medseg.errors import PlanError, TrainingError
+from medseg.files import sweep, write_json
+from medseg.losses import LOSSES
 from medseg.planning.fingerprint import Fingerprint, take_fingerprint
 from medseg.planning.plan import Plan, override, read_plan, write_plan
 from medseg.planning.planner import decide, draft, needed_coarseness
@@ -35,27 +36,12 @@ from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, t
 from medseg.training.folds import Fold, make_folds, refuse_leaks
 from medseg.training.loop import Job, fit
 from medseg.training.manifest import make_manifest
+from medseg.training.request import Request, complete, open_run, read_json
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Schedule
 from medseg.training.state import LoopState, job_digest, load_state, mean_dice
 
 CALIBRATION_SHARE = 0.03
 """Largest share of a budget that is spent on measuring step times."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for; kept in the run folder so that only the same request resumes it."""
-
-    budget: float | None = None
-    steps: int | None = None
-    epochs: int | None = None
-    folds: int | None = None
-    fold: int | None = None
-    network: str | None = None
-    settings: tuple[str, ...] = ()
-    seed: int = 0
-    plan: Path | None = None
-    replay: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -108,11 +94,14 @@ def train(
     dataset = load_dataset(dataset_path, splits=splits)
     refuse_leaks(dataset.cases)
     cases = dataset.select("train")
+    request = complete(request)
     with display:
-        manifest = _open_run(out, dataset, request)
+        manifest = make_manifest(dataset)
+        open_run(out, manifest, request)
         if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():
             display.say(f"{out}: this training is complete; nothing to do")
             return _result(out, began)
+        sweep(out)
         shutil.rmtree(out / "6_model", ignore_errors=True)
         work = _Work(dataset, cases, out, request, manifest["digest"], began, display, best_device())
         fingerprint = work.fingerprint()
@@ -134,26 +123,9 @@ def train(
         return _result(out, began)
 
 
-def _open_run(out: Path, dataset: Dataset, request: Request) -> dict[str, Any]:
-    """Write 1_dataset.json and request.json, or compare them with those of the run that is to be resumed."""
-    manifest = make_manifest(dataset)
-    asked = json.loads(json.dumps(request.__dict__, default=lambda p: digest(Path(p).resolve().name)))
-    for name, value, what in (("1_dataset.json", manifest, "data"), ("request.json", asked, "options")):
-        file = out / name
-        if not file.exists():
-            write_json(file, value)
-        elif json.loads(file.read_text(encoding="utf-8")) != value:
-            raise TrainingError(
-                f"{out}: this run was started with other {what}; run it with the same {what} to resume it, or choose "
-                "another --out",
-                code="RUN_DIFFERS",
-            )
-    return manifest
-
-
 def _previous_run(out: Path) -> str | None:
     file = out / "tracking.json"
-    return json.loads(file.read_text(encoding="utf-8"))["run_id"] if file.exists() else None
+    return read_json(file).get("run_id") if file.exists() else None
 
 
 def _track_plan(tracker: Tracker, plan: Plan, manifest: dict[str, Any], out: Path) -> None:
@@ -188,7 +160,7 @@ class _Work:
         """Take the fingerprint, or read the one taken before."""
         file = self.out / "2_fingerprint.json"
         if file.exists():
-            return Fingerprint.model_validate(json.loads(file.read_text(encoding="utf-8")))
+            return Fingerprint.model_validate(read_json(file))
         self.display.stage("reading")
         fingerprint = take_fingerprint(self.dataset.spec, self.cases, progress=self.display.counted)
         write_json(file, fingerprint.model_dump(mode="json"))
@@ -202,18 +174,33 @@ class _Work:
         if self.request.plan or self.request.replay:
             given = self.request.plan or (self.request.replay or Path()) / "3_plan.yaml"
             plan = override(read_plan(given), self.request.settings)
+            if self.request.steps is not None:
+                plan = plan.model_copy(update={"steps": self.request.steps})
             reasons: dict[str, str] = {}
         else:
             self.display.stage("measuring step times")
             plan, reasons = make_plan(self.dataset, fingerprint, self.request, self.device)
+        if self.request.epochs is not None:
+            plan = plan.model_copy(update={"steps": self._steps_of_epochs(plan, self.request.epochs)})
+        # Before the plan is kept: a name that no table holds must not become part of the run.
+        make_network(self.dataset.spec, plan)
+        LOSSES[plan.loss]
         write_plan(file, plan, reasons)
         return plan
 
+    def _steps_of_epochs(self, plan: Plan, epochs: int) -> int:
+        """Return the steps in which the largest fold's cases have all been seen `epochs` times."""
+        largest = max(len(fold.train) for fold in self._folds(plan.seed))
+        return math.ceil(epochs * largest / plan.batch_size)
+
+    def _folds(self, seed: int) -> list[Fold]:
+        """Return the folds to be trained."""
+        folds = make_folds(self.cases, folds=self.request.folds, seed=seed)
+        return folds if self.request.fold is None else [_the_fold(folds, self.request.fold)]
+
     def jobs(self, plan: Plan) -> list[Job]:
         """Prepare all cases and describe each network to train."""
-        folds = make_folds(self.cases, folds=self.request.folds, seed=plan.seed)
-        if self.request.fold is not None:
-            folds = [_the_fold(folds, self.request.fold)]
+        folds = self._folds(plan.seed)
         cache = CaseCache(self.out / "4_cache", self.dataset.spec, plan)
         path = training_path(self.dataset.spec, plan, cache)
         self.display.stage("preparing")
@@ -244,7 +231,7 @@ class _Work:
                 states.append(load_state(job.checkpoint, job=job.digest))
                 continue
             left = len(jobs) - number
-            schedule = _scheduler(self, job, number, scoring, left)
+            schedule = _scheduler(self, job, scoring, left)
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
             states.append(fit(job, schedule, watch=_Watch(self.display, tracker, job, number, len(jobs))))
             write_json(done, {"steps": states[-1].step})
@@ -257,7 +244,7 @@ def _the_fold(folds: list[Fold], number: int) -> Fold:
     return folds[number]
 
 
-def _scheduler(work: _Work, job: Job, number: int, scoring: float, left: int) -> Any:
+def _scheduler(work: _Work, job: Job, scoring: float, left: int) -> Any:
     """Return state -> Schedule: as recorded (replay), by the clock (budget) or by steps.
 
     `scoring` is the expected time of one validation, `left` the number of networks still to be trained.
@@ -266,7 +253,7 @@ def _scheduler(work: _Work, job: Job, number: int, scoring: float, left: int) ->
 
     def choose(state: LoopState) -> Schedule:
         if request.replay is not None:
-            record = _record(request.replay, number, job)
+            record = _record(request.replay, job)
             return ByRecord(record.factors, [row["step"] - 1 for row in record.validations])
         if request.budget is None:
             return BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
@@ -285,9 +272,10 @@ def _scheduler(work: _Work, job: Job, number: int, scoring: float, left: int) ->
     return choose
 
 
-def _record(run: Path, number: int, job: Job) -> LoopState:
+def _record(run: Path, job: Job) -> LoopState:
     """Return the final state of the same fold of another run, which must have had the same plan and data."""
-    file = run / "5_folds" / str(number) / "checkpoint" / "state.safetensors"
+    number = job.checkpoint.parent.parent.name
+    file = run / "5_folds" / number / "checkpoint" / "state.safetensors"
     if not file.with_name("finished.json").exists():
         raise TrainingError(
             f"--replay {run}: fold {number} of that run has not been finished; there is nothing to repeat"
@@ -371,7 +359,7 @@ def _forced_dimensions(settings: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]
     chosen = [s.partition("=")[2].strip() for s in settings if s.partition("=")[0].strip() == "dimensions"]
     rest = tuple(s for s in settings if s.partition("=")[0].strip() != "dimensions")
     if chosen and chosen[-1] not in ("2", "3"):
-        raise TrainingError(f"--set dimensions={chosen[-1]}: 2 or 3 are allowed")
+        raise PlanError(f"--set dimensions={chosen[-1]}: 2 or 3 are allowed")
     return (int(chosen[-1]) if chosen else None), rest
 
 

@@ -25,5 +25,6 @@ def test_a_written_plan_reads_back_the_same_with_its_reasons_beside_it(tmp_path,
 
 def test_an_edited_value_is_what_is_read(tmp_path, tiny_dataset, tiny_plan) -> None:
     file: Path = tiny_plan(tiny_dataset(tmp_path / "data"), tmp_path / "plan.yaml")
-    file.write_text(file.read_text().replace("learning_rate: 0.002", "learning_rate: 0.001"))
-    assert read_plan(file).learning_rate == 0.001
+    before = read_plan(file)
+    file.write_text(file.read_text().replace(f"learning_rate: {before.learning_rate}", "learning_rate: 0.0625"))
+    assert read_plan(file) == before.model_copy(update={"learning_rate": 0.0625})

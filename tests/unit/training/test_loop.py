@@ -64,7 +64,7 @@ def by_steps(job: Job) -> Callable[[LoopState], BySteps]:
     return lambda state: BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
 
 
-class Stop(Exception):
+class KilledError(Exception):
     """Stands for the end of the process."""
 
 
@@ -75,12 +75,12 @@ def fit_with_stops(job: Job, stops: set[int]) -> LoopState:
     def watch(state: LoopState, schedule: object, seconds: float) -> None:
         if state.step in left and seconds:
             left.discard(state.step)
-            raise Stop
+            raise KilledError
 
     while True:
         try:
             return fit(job, by_steps(job), watch=watch)
-        except Stop:
+        except KilledError:
             continue
 
 
@@ -168,10 +168,10 @@ def test_a_timed_run_that_was_interrupted_is_repeated_too(make_job: Maker) -> No
         if len(state.validations) == 1 and seconds and state.step not in (0, state.validations[0]["step"]):
             schedule_stop.append(state.step)
             if len(schedule_stop) == 1:
-                raise Stop
+                raise KilledError
 
     schedule_stop: list[int] = []
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         fit(timed, choose, watch=watch)
     state = fit(timed, choose, watch=watch)
     steps = [row["step"] - 1 for row in state.validations]
@@ -182,7 +182,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     make_job: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job()
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         fit(job, by_steps(job), watch=stop_after(4))
     kept = job.checkpoint.read_bytes()
     real = loop.deep_supervision
@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
 def stop_after(step: int) -> Callable[..., None]:
     def watch(state: LoopState, schedule: object, seconds: float) -> None:
         if state.step == step and seconds:
-            raise Stop
+            raise KilledError
 
     return watch
 

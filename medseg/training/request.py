@@ -1,0 +1,88 @@
+"""What a training was asked for, and whether a run folder holds the same request on the same data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from medseg.errors import TrainingError
+from medseg.files import file_digest, write_json
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for; kept in the run folder so that only the same request resumes it."""
+
+    budget: float | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    folds: int | None = None
+    fold: int | None = None
+    network: str | None = None
+    settings: tuple[str, ...] = ()
+    seed: int = 0
+    plan: Path | None = None
+    replay: Path | None = None
+
+
+def complete(request: Request) -> Request:
+    """Return a replay with the folds of the run that it repeats; any other request as it is.
+
+    Raises
+    ------
+    TrainingError : there is no run to repeat.
+    """
+    if request.replay is None:
+        return request
+    file = request.replay / "request.json"
+    if not file.exists():
+        raise TrainingError(f"--replay {request.replay}: this is no run of medseg train")
+    told = read_json(file)
+    return replace(request, folds=told["folds"], fold=told["fold"])
+
+
+def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
+    """Write 1_dataset.json and request.json, or compare them with those of the run that is to be resumed.
+
+    A folder without a plan holds nothing that could be resumed: there, the new request simply takes the place of one
+    that was refused before.
+
+    Raises
+    ------
+    TrainingError : RUN_DIFFERS; or a file of the folder is damaged.
+    """
+    if request.replay and read_json(request.replay / "1_dataset.json").get("digest") != manifest["digest"]:
+        raise TrainingError(f"--replay {request.replay}: that run learnt from other data", code="RUN_DIFFERS")
+    asked = json.loads(json.dumps(request.__dict__, default=_content))
+    begun = (out / "3_plan.yaml").exists()
+    for name, value, what in (("1_dataset.json", manifest, "data"), ("request.json", asked, "options")):
+        file = out / name
+        same = file.exists() and read_json(file) == value
+        if begun and file.exists() and not same:
+            raise TrainingError(
+                f"{out}: this run was started with other {what}; run it with the same {what} to resume it, or choose "
+                "another --out",
+                code="RUN_DIFFERS",
+            )
+        if not same:
+            if what == "data" and file.exists():
+                (out / "2_fingerprint.json").unlink(missing_ok=True)
+            write_json(file, value)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file of a run folder holds; raise TrainingError if it is damaged."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(f"{file}: damaged or missing ({error}); choose another --out") from error
+
+
+def _content(path: Path) -> str:
+    """Return what stands for a plan, or for the run to be repeated, in request.json: its content, not its place."""
+    file = path / "3_plan.yaml" if path.is_dir() else path
+    if not file.is_file():
+        raise TrainingError(f"{file}: this file does not exist")
+    return file_digest(file)
