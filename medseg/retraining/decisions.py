@@ -6,6 +6,7 @@ first): whoever changes, removes or moves a line breaks the chain. It names no p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -87,25 +88,30 @@ def append_decision(store: Path, content: Mapping[str, Any]) -> Decision:
     number = len(known) + 1
     full = {**content, "number": number, "previous": previous, "at": datetime.now(UTC).isoformat(timespec="seconds")}
     line = canonical_json(full)
-    file = store / LOG
     try:
         store.mkdir(parents=True, exist_ok=True)
-        with open(file, "ab") as handle:
-            handle.truncate(_whole_lines(file))
-            handle.write(line + b"\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        _append(store / LOG, line + b"\n")
     except OSError as error:
         raise ExportError(
             f"{LOG}: the decision cannot be written ({error.strerror}); nothing was promoted. Free space, then run the "
             "same command again.",
-            code="DISK_FULL" if error.errno in (28, 122) else "NOT_WRITABLE",
+            code="DISK_FULL" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "NOT_WRITABLE",
         ) from error
     return Decision(number, hashlib.sha256(line).hexdigest(), full)
 
 
-def _whole_lines(file: Path) -> int:
-    return file.read_bytes().rfind(b"\n") + 1
+def _append(file: Path, line: bytes) -> None:
+    """Write a line after the last whole one; when that fails, leave nothing of it."""
+    with open(file, "ab", buffering=0) as handle:
+        whole = file.read_bytes().rfind(b"\n") + 1
+        handle.truncate(whole)
+        try:
+            if handle.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(handle.fileno())
+        except OSError:
+            handle.truncate(whole)
+            raise
 
 
 @contextmanager
