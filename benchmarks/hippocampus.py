@@ -7,6 +7,7 @@ first 40 are for testing. Each seed runs `medseg train`, `predict` and `evaluate
 """
 
 import argparse
+import csv
 import json
 import statistics
 import subprocess
@@ -34,9 +35,8 @@ def one_seed(data: Path, budget: str, seed: int, work: Path) -> dict[str, float]
         "evaluate", "--predictions", str(folder / "masks"), "--reference", str(data), *common,
         "--out", str(folder / "scores"), "--no-track",
     )  # fmt: skip
-    summary = json.loads((folder / "scores" / "summary.json").read_text())
-    rows = summary["rows"] if isinstance(summary, dict) and "rows" in summary else summary["summary"]
-    dice = {row["label"]: row["mean"] for row in rows if row["metric"] == "dice"}
+    with open(folder / "scores" / "summary.csv", encoding="utf-8") as table:
+        dice = {row["label"]: float(row["mean"]) for row in csv.DictReader(table) if row["metric"] == "dice"}
     model = json.loads((folder / "run" / "6_model" / "model.json").read_text())
     return {"seed": seed, "train_s": trained, "predict_s": predicted, "steps": model["training"]["steps"], **dice}
 
