@@ -45,7 +45,12 @@ class StudyInput:
 
 
 def find_inputs(
-    paths: Sequence[Path], spec: Spec, *, choice: Choice | None = None, splits: Path | None = None
+    paths: Sequence[Path],
+    spec: Spec,
+    *,
+    choice: Choice | None = None,
+    splits: Path | None = None,
+    out: Path | None = None,
 ) -> list[StudyInput]:
     """Return the studies below `paths`, ordered by id.
 
@@ -53,10 +58,11 @@ def find_inputs(
     ----------
     spec : of the model: with several channels, ``<case>_<channel>.nii.gz`` files are put together.
     choice, splits : which cases of a dataset (the test cases if it has any, unless told).
+    out : where masks are written: nothing below it is an input, however it lies to `paths`.
 
     Raises
     ------
-    BatchError : nothing was found, or two inputs would be written to the same name.
+    BatchError : NOT_FOUND, EMPTY_INPUT, SAME_NAME (two inputs would be written to one file), OVERWRITES_INPUT.
     """
     found: list[StudyInput] = []
     images: list[Path] = []
@@ -64,11 +70,11 @@ def find_inputs(
         if not path.exists():
             raise BatchError(f"{path}: this input does not exist", code="NOT_FOUND")
         if _is_dataset(path):
-            found += _dataset_inputs(path, choice, splits)
+            found += _dataset_inputs(path, spec, choice, splits)
         elif path.is_file() and is_nifti(path):
             images.append(path)
         else:
-            images += sorted(p for p in path.rglob("*") if p.is_file() and is_nifti(p)) if path.is_dir() else []
+            images += sorted(p for p in path.rglob("*") if _is_input(p, path, out)) if path.is_dir() else []
             found += _dicom_inputs(path)
     found += _nifti_inputs(images, spec)
     if not found:
@@ -78,7 +84,20 @@ def find_inputs(
             code="EMPTY_INPUT",
         )
     _refuse_same_names(found)
+    _refuse_overwriting(found, out)
     return sorted(found, key=lambda study: study.id)
+
+
+def _is_input(path: Path, root: Path, out: Path | None) -> bool:
+    """Tell whether a file below `root` is a NIfTI image that somebody gave us, not one of ours or half a file."""
+    if not is_nifti(path) or path.name.startswith(".") or not path.is_file():
+        return False
+    if out is None:
+        return True
+    place, found = out.resolve(), path.resolve()
+    if root.resolve() in place.parents and place in found.parents:
+        return False
+    return not (found.parent == place and (place / "ledger" / f"{stem(path)}.json").exists())
 
 
 def _is_dataset(path: Path) -> bool:
@@ -87,11 +106,29 @@ def _is_dataset(path: Path) -> bool:
     return (path / "dataset.yaml").exists() or (path / "dataset.json").exists()
 
 
-def _dataset_inputs(path: Path, choice: Choice | None, splits: Path | None) -> list[StudyInput]:
+def _dataset_inputs(path: Path, spec: Spec, choice: Choice | None, splits: Path | None) -> list[StudyInput]:
     dataset = load_dataset(path, splits=splits)
     wanted = choice or ("test" if dataset.select("test") else "all")
     cases = dataset.cases if wanted == "all" else dataset.select("test" if wanted == "test" else "train")
-    return [StudyInput(case.id, case.images, None, case.images[0]) for case in cases]
+    if not cases:
+        raise BatchError(f"{path}: the dataset has no {wanted} case; choose other --cases", code="EMPTY_INPUT")
+    order = _channel_order(dataset.spec, spec, path)
+    images = {c.id: tuple(c.images[n] for n in order) if len(c.images) > 1 else c.images for c in cases}
+    return [StudyInput(case.id, images[case.id], None, case.images[0]) for case in cases]
+
+
+def _channel_order(found: Spec, wanted: Spec, path: Path) -> list[int]:
+    """Return which channel of a dataset stands where the model expects it; names decide where they are the same."""
+    have, need = list(found.channels), list(wanted.channels)
+    if set(have) != set(need) or have == need:
+        return list(range(len(have)))
+    if "{channel}" not in found.images:
+        raise BatchError(
+            f"{path}: its images hold the channels {', '.join(have)}, the model needs them as {', '.join(need)}; "
+            "reorder them where the images are made",
+            code="CHANNEL_ORDER",
+        )
+    return [have.index(name) for name in need]
 
 
 def _dicom_inputs(path: Path) -> list[StudyInput]:
@@ -113,17 +150,19 @@ def _dicom_inputs(path: Path) -> list[StudyInput]:
 
 
 def _nifti_inputs(images: Iterable[Path], spec: Spec) -> list[StudyInput]:
+    """Return one study a file; with several channels, one a group of files ``<case>_<channel>`` of one folder."""
     tokens = [channel.file or name for name, channel in spec.channels.items()]
     if len(tokens) == 1:
         return [StudyInput(stem(path), (path,), None, path) for path in images]
-    rows: dict[str, StudyInput] = {}
+    rows: dict[tuple[Path, str], StudyInput] = {}
     for path in images:
         name = stem(path)
-        token = next((t for t in tokens if name.endswith(f"_{t}")), None)
+        # the longest, because one name may end like another: t1 and post_t1
+        token = max((t for t in tokens if name.endswith(f"_{t}")), key=len, default=None)
         case = name if token is None else name.removesuffix(f"_{token}")
         ending = path.name.removeprefix(name)
         files = (path,) if token is None else tuple(path.with_name(f"{case}_{t}{ending}") for t in tokens)
-        rows[case] = StudyInput(case, files, None, path)
+        rows.setdefault((path.parent / ending, case), StudyInput(case, files, None, path))
     return list(rows.values())
 
 
@@ -137,3 +176,12 @@ def _refuse_same_names(studies: Sequence[StudyInput]) -> None:
                 code="SAME_NAME",
             )
         origins[study.id] = study.origin
+
+
+def _refuse_overwriting(studies: Sequence[StudyInput], out: Path | None) -> None:
+    for study in studies if out is not None else ():
+        target = (out or Path()) / f"{study.id}.nii.gz"
+        if target.resolve() in {path.resolve() for path in study.images}:
+            raise BatchError(
+                f"the mask of {study.origin} would be written over it; choose another --out", code="OVERWRITES_INPUT"
+            )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from medseg.batch.ledger import Entry, Ledger
 from medseg.bundle import BundleInfo
 from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
 from medseg.exporters.nifti import write_nifti
-from medseg.files import PARTIAL_PREFIX, file_digest, write_json, write_text
+from medseg.files import file_digest, sweep, write_json, write_text
 from medseg.inference.predict import Model, load_model, predict_volume
 from medseg.readers.dicom_series import read_series
 from medseg.spec import Spec
@@ -83,8 +85,9 @@ def predict(
     """
     loaded = model if isinstance(model, Model) else load_model(model)
     info = loaded.bundle.info
-    studies = find_inputs(inputs, info.spec, choice=choice, splits=splits)
-    _sweep(out)
+    studies = find_inputs(inputs, info.spec, choice=choice, splits=splits, out=out)
+    for folder in (out, out / "ledger", out / "journal", out / "private"):
+        sweep(folder)
     write_json(out / PROVENANCE, info.provenance(mirror))
     _write_linkage(out, studies)
     ledger = Ledger(out)
@@ -106,12 +109,12 @@ def _recipe(info: BundleInfo, mirror: bool | None) -> str:
 def _do(study: StudyInput, source: str, model: Model, ledger: Ledger, mirror: bool | None) -> Entry:
     """Predict one study and commit the outcome, whatever it is."""
     ledger.attempt(study.id)
+    name = f"{study.id}.nii.gz"
     began = time.monotonic()
     entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=_recipe(model.bundle.info, mirror))
     try:
         image = _read(study, model.bundle.info.spec)
         mask = predict_volume(model, image, mirror=mirror)
-        name = f"{study.id}.nii.gz"
         write_nifti(ledger.out / name, mask)
         entry = entry.model_copy(
             update={
@@ -127,9 +130,15 @@ def _do(study: StudyInput, source: str, model: Model, ledger: Ledger, mirror: bo
         entry = entry.model_copy(update={"state": state, "code": error.code, "message": message})
         if isinstance(error, ExportError) and error.code == "DISK_FULL":
             raise ExportError(f"case {study.id}: {error}", code=error.code) from error
-    except Exception as error:  # noqa: BLE001 - one study must never stop the others; the ledger keeps what it was
-        message = without_paths(f"{type(error).__name__}: {error}", study)
+    except Exception as error:  # one study must never stop the others
+        if os.environ.get("MEDSEG_DEBUG"):
+            raise
+        # Without its text: what a library says about a file may hold what stands in its header.
+        message = f"{type(error).__name__}; medseg --debug predict shows where it comes from"
         entry = entry.model_copy(update={"code": "INTERNAL", "message": message})
+    if entry.state != "done":
+        # A mask of an earlier input or model must not pass for the result of this one.
+        (ledger.out / name).unlink(missing_ok=True)
     ledger.journal(study.id, {"seconds": round(time.monotonic() - began, 3)})
     ledger.write(entry)
     return entry
@@ -152,9 +161,10 @@ def volumes(spec: Spec, mask: Volume) -> dict[str, float]:
 def without_paths(text: str, study: StudyInput) -> str:
     """Return a message without the names of files and folders that may identify a patient."""
     places = {study.origin, *study.images, *(study.series.files if study.series else ())}
-    words = {str(p) for p in places} | ({p.name for p in places} if study.series else set())
+    # A NIfTI file is its own case id; the name of any other may tell who the patient is.
+    words = {str(p) for p in places} | {p.name for p in places if study.id not in p.name}
     for word in sorted(words, key=len, reverse=True):
-        text = text.replace(word, f"<{study.id}>")
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", f"<{study.id}>", text)
     return text
 
 
@@ -171,15 +181,16 @@ def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
 
 
 def _write_linkage(out: Path, studies: Sequence[StudyInput]) -> None:
+    """Write id -> path of these studies and of those of earlier runs into the same folder."""
+    file = out / "private" / "linkage.csv"
+    known: dict[str, str] = {}
+    if file.exists():
+        with open(file, encoding="utf-8", newline="") as before:
+            known = {row["id"]: row["path"] for row in csv.DictReader(before)}
+    known |= {study.id: str(study.origin.resolve()) for study in studies}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "path"])
-    writer.writerows((study.id, study.origin.resolve()) for study in studies)
-    (out / "private").mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_text(out / "private" / "linkage.csv", text.getvalue(), mode=0o600)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what a killed run left half written."""
-    for leftover in out.rglob(f"{PARTIAL_PREFIX}*") if out.is_dir() else ():
-        leftover.unlink(missing_ok=True)
+    writer.writerows(sorted(known.items()))
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_text(file, text.getvalue(), mode=0o600)

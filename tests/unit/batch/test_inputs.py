@@ -1,0 +1,189 @@
+"""From what a person types to studies: nothing is forgotten, nothing is taken twice, nothing is overwritten."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medseg.batch.inputs import StudyInput, find_inputs
+from medseg.errors import BatchError
+from medseg.phantom.dicom import write_series
+from medseg.spec import Channel, Label, Spec
+from medseg.volume import Volume
+
+ONE = Spec(name="one", channels={"mr": Channel()}, labels={"ball": Label(value=1)})
+TWO = Spec(name="two", channels={"t1": Channel(), "post_t1": Channel()}, labels={"ball": Label(value=1)})
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def ids(studies: list[StudyInput]) -> list[str]:
+    return [study.id for study in studies]
+
+
+def series(folder: Path, seed: int = 0, shape: tuple[int, int, int] = (8, 9, 6)) -> list[Path]:
+    values = np.random.default_rng(seed).integers(0, 500, (1, *shape)).astype(np.float32)
+    return write_series(Volume(values, np.diag([1.0, 1, 2, 1])), folder, modality="MR", seed=seed)
+
+
+def test_files_folders_and_trees_are_one_list_ordered_by_id(tmp_path: Path) -> None:
+    touch(tmp_path / "b.nii.gz", tmp_path / "tree" / "deep" / "a.nii", tmp_path / "tree" / "notes.txt")
+    found = find_inputs([tmp_path / "b.nii.gz", tmp_path / "tree"], ONE)
+    assert ids(found) == ["a", "b"]
+    assert [study.origin.name for study in found] == ["a.nii", "b.nii.gz"]
+
+
+def test_what_is_half_written_or_hidden_is_no_input(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii.gz", tmp_path / ".partial-01234567-b.nii.gz", tmp_path / "._a.nii.gz")
+    assert ids(find_inputs([tmp_path], ONE)) == ["a"]
+
+
+@pytest.mark.parametrize("out", ["tree/out", "tree/deep/er/out"])
+def test_masks_below_the_input_are_not_predicted_again(tmp_path: Path, out: str) -> None:
+    touch(tmp_path / "tree" / "a.nii.gz", tmp_path / out / "a.nii.gz", tmp_path / out / "z.nii.gz")
+    assert ids(find_inputs([tmp_path / "tree"], ONE, out=tmp_path / out)) == ["a"]
+
+
+def test_an_output_folder_above_the_input_hides_nothing(tmp_path: Path) -> None:
+    touch(tmp_path / "tree" / "a.nii.gz")
+    assert ids(find_inputs([tmp_path / "tree"], ONE, out=tmp_path)) == ["a"]
+
+
+def test_masks_beside_a_dicom_series_are_not_inputs(tmp_path: Path) -> None:
+    series(tmp_path / "series")
+    first = find_inputs([tmp_path], ONE, out=tmp_path)
+    touch(tmp_path / f"{first[0].id}.nii.gz", tmp_path / "ledger" / f"{first[0].id}.json")
+    assert ids(find_inputs([tmp_path], ONE, out=tmp_path)) == ids(first)
+
+
+@pytest.mark.parametrize("given", ["a.nii.gz", "."])
+def test_an_input_is_never_overwritten(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "a.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BatchError, match=r"would be written over it; choose another --out") as caught:
+        find_inputs([Path(given)], ONE, out=tmp_path)
+    assert caught.value.code == "OVERWRITES_INPUT"
+
+
+def test_two_inputs_of_one_name_are_refused_with_both_places(tmp_path: Path) -> None:
+    touch(tmp_path / "x" / "a.nii.gz", tmp_path / "y" / "a.nii.gz")
+    with pytest.raises(BatchError, match=r"x/a\.nii\.gz and .*y/a\.nii\.gz would both be written as a") as caught:
+        find_inputs([tmp_path], ONE)
+    assert caught.value.code == "SAME_NAME"
+    touch(tmp_path / "z" / "b.nii", tmp_path / "z" / "b.nii.gz")
+    with pytest.raises(BatchError, match="both be written as b"):
+        find_inputs([tmp_path / "z"], ONE)
+    with pytest.raises(BatchError, match="give the input only once"):
+        find_inputs([tmp_path / "x", tmp_path / "x" / "a.nii.gz"], ONE)
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty"])
+def test_nothing_to_do_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BatchError) as caught:
+        find_inputs([tmp_path / name], ONE)
+    assert caught.value.code == {"nothing": "NOT_FOUND", "empty": "EMPTY_INPUT"}[name]
+    assert name in str(caught.value)
+
+
+def test_channels_of_a_case_are_put_together_in_the_order_of_the_model(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"{case}_{token}.nii.gz" for case in ("a", "b") for token in ("post_t1", "t1")))
+    found = find_inputs([tmp_path], TWO)
+    assert ids(found) == ["a", "b"]
+    assert [path.name for path in found[0].images] == ["a_t1.nii.gz", "a_post_t1.nii.gz"]
+
+
+def test_one_channel_alone_still_counts_as_its_case(tmp_path: Path) -> None:
+    touch(tmp_path / "a_t1.nii.gz", tmp_path / "b_post_t1.nii.gz")
+    found = find_inputs([tmp_path], TWO)
+    assert ids(found) == ["a", "b"]
+    assert {path.name for path in found[1].images} == {"b_t1.nii.gz", "b_post_t1.nii.gz"}
+
+
+def test_a_file_with_all_channels_is_a_case(tmp_path: Path) -> None:
+    touch(tmp_path / "whole.nii.gz")
+    assert find_inputs([tmp_path], TWO)[0].images == (tmp_path / "whole.nii.gz",)
+
+
+def test_cases_of_two_folders_are_not_mixed(tmp_path: Path) -> None:
+    touch(*(tmp_path / folder / f"a_{token}.nii.gz" for folder in ("x", "y") for token in ("t1", "post_t1")))
+    with pytest.raises(BatchError) as caught:
+        find_inputs([tmp_path], TWO)
+    assert caught.value.code == "SAME_NAME"
+
+
+def test_series_are_named_by_hashes_that_stay(tmp_path: Path) -> None:
+    series(tmp_path / "Doe_John" / "one", seed=1)
+    series(tmp_path / "Doe_John" / "two", seed=2)
+    found = find_inputs([tmp_path], ONE)
+    assert len(found) == 2
+    assert all(re.fullmatch(r"case-[0-9a-f]{12}", study.id) for study in found)
+    shutil.move(tmp_path / "Doe_John", tmp_path / "moved")
+    assert ids(find_inputs([tmp_path], ONE)) == ids(found), "the same series elsewhere is the same study"
+
+
+def test_a_folder_of_damaged_files_alone_is_a_study(tmp_path: Path) -> None:
+    touch(tmp_path / "bad" / "IM0001.dcm")
+    series(tmp_path / "good")
+    found = find_inputs([tmp_path], ONE)
+    assert sorted(study.origin.name for study in found) == ["bad", "good"]
+
+
+def test_a_file_of_another_kind_that_was_named_is_a_study(tmp_path: Path) -> None:
+    touch(tmp_path / "scan.mha")
+    assert [study.origin for study in find_inputs([tmp_path / "scan.mha"], ONE)] == [tmp_path / "scan.mha"]
+
+
+def test_the_digest_follows_the_bytes_and_nothing_else(tmp_path: Path) -> None:
+    touch(tmp_path / "x" / "a.nii.gz")
+    first = find_inputs([tmp_path], ONE)[0].digest()
+    shutil.move(tmp_path / "x", tmp_path / "y")
+    assert find_inputs([tmp_path], ONE)[0].digest() == first
+    (tmp_path / "y" / "a.nii.gz").write_bytes(b"y")
+    assert find_inputs([tmp_path], ONE)[0].digest() != first
+
+
+def test_the_digest_of_a_series_counts_every_slice(tmp_path: Path) -> None:
+    files = series(tmp_path / "s")
+    first = find_inputs([tmp_path], ONE)[0].digest()
+    files[2].unlink()
+    assert find_inputs([tmp_path], ONE)[0].digest() != first
+
+
+def test_cases_of_a_dataset(tmp_path: Path, tiny_dataset: Callable[..., Path]) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=4, test=1)
+    assert ids(find_inputs([data], ONE)) == ["c3"]
+    assert ids(find_inputs([data / "dataset.yaml"], ONE, choice="train")) == ["c0", "c1", "c2"]
+    assert ids(find_inputs([data], ONE, choice="all")) == ["c0", "c1", "c2", "c3"]
+    (tmp_path / "splits.yaml").write_text("test: [c0, c1]\n")
+    assert ids(find_inputs([data], ONE, splits=tmp_path / "splits.yaml")) == ["c0", "c1"]
+    whole = tiny_dataset(tmp_path / "whole", cases=2, test=0)
+    assert ids(find_inputs([whole], ONE)) == ["c0", "c1"]
+    with pytest.raises(BatchError, match="no test case") as caught:
+        find_inputs([whole], ONE, choice="test")
+    assert caught.value.code == "EMPTY_INPUT"
+
+
+def test_channels_of_a_dataset_stand_where_the_model_expects_them(
+    tmp_path: Path, tiny_dataset: Callable[..., Path]
+) -> None:
+    channels = {"post_t1": {}, "t1": {}}
+    data = tiny_dataset(tmp_path / "data", cases=1, test=0, channels=channels, images="images/{case}_{channel}.nii.gz")
+    touch(data / "images" / "c0_t1.nii.gz", data / "images" / "c0_post_t1.nii.gz")
+    (found,) = find_inputs([data], TWO)
+    assert [path.name for path in found.images] == ["c0_t1.nii.gz", "c0_post_t1.nii.gz"]
+    stacked = tiny_dataset(tmp_path / "stacked", cases=1, test=0, channels=channels)
+    with pytest.raises(
+        BatchError, match=r"hold the channels post_t1, t1, the model needs them as t1, post_t1"
+    ) as caught:
+        find_inputs([stacked], TWO)
+    assert caught.value.code == "CHANNEL_ORDER"
