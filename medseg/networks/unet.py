@@ -7,6 +7,7 @@ with zeros (the mean after normalisation) to a multiple of the total stride and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class UNet(nn.Module):
             raise ValueError(
                 f"at least two stages are needed, and {spatial_dims} numbers in each of {strides} and {kernels}"
             )
-        self.divisor = tuple(int(torch.tensor([s[axis] for s in strides]).prod()) for axis in range(spatial_dims))
+        self.divisor = tuple(math.prod(row[axis] for row in strides) for axis in range(spatial_dims))
         one = (1,) * spatial_dims
         steps = [one, *[tuple(s) for s in strides]]
         widths = [in_channels, *features]

@@ -19,6 +19,11 @@ from medseg.volume import reorient
 SAMPLES_PER_CASE = 5000
 
 
+def tidy(number: float) -> float:
+    """Return a number as people write it, to six significant digits (spacings of microscopes are small)."""
+    return float(f"{number:.6g}")
+
+
 class ChannelStatistics(Config):
     """Foreground intensities of one channel over the dataset (percentiles 0.5, 50, 99.5, mean and deviation)."""
 
@@ -120,8 +125,8 @@ def _facts(spec: Spec, study: Study) -> _Facts:
 def _sample(channel: NDArray[np.generic], foreground: NDArray[np.bool_]) -> list[float]:
     """Return up to SAMPLES_PER_CASE foreground values, evenly spread (all voxels where there is no foreground)."""
     values = channel[foreground] if foreground.any() else channel.ravel()
-    step = max(1, values.size // SAMPLES_PER_CASE)
-    return [float(v) for v in values[::step][:SAMPLES_PER_CASE]]
+    spread = np.linspace(0, values.size - 1, min(values.size, SAMPLES_PER_CASE)).round().astype(np.int64)
+    return [float(v) for v in values[spread]]
 
 
 def _summarise(spec: Spec, cases: Sequence[Case], facts: list[_Facts]) -> Fingerprint:
@@ -131,19 +136,19 @@ def _summarise(spec: Spec, cases: Sequence[Case], facts: list[_Facts]) -> Finger
     channels = {}
     for index, name in enumerate(spec.channels):
         values = np.concatenate([np.asarray(f.samples[index]) for f in facts])
-        low, median, high = (float(v) for v in np.percentile(values, (0.5, 50, 99.5)))
+        low, median, high = (tidy(v) for v in np.percentile(values, (0.5, 50, 99.5)))
         channels[name] = ChannelStatistics(
-            low=low, median=median, high=high, mean=float(values.mean()), deviation=float(values.std())
+            low=low, median=median, high=high, mean=tidy(values.mean()), deviation=tidy(values.std())
         )
     volumes = {name: [f.label_ml[name] for f in facts if name in f.label_ml] for name in spec.foreground}
     return Fingerprint(
         cases=len(facts),
         patients=len({case.patient for case in cases}),
         shapes=tuple((int(a), int(b), int(c)) for a, b, c in np.rint(shapes)),
-        spacings=tuple((round(float(a), 5), round(float(b), 5), round(float(c), 5)) for a, b, c in spacings),
+        spacings=tuple((tidy(a), tidy(b), tidy(c)) for a, b, c in spacings),
         voxels=int(sum(int(np.prod(f.shape)) for f in facts)),
         channels=channels,
-        label_ml={name: round(float(np.median(v)), 4) if v else 0.0 for name, v in volumes.items()},
+        label_ml={name: tidy(float(np.median(v))) if v else 0.0 for name, v in volumes.items()},
         label_cases={name: len(v) for name, v in volumes.items()},
-        annotated_share=float(np.mean([f.annotated for f in facts])),
+        annotated_share=tidy(float(np.mean([f.annotated for f in facts]))),
     )

@@ -5,6 +5,8 @@ On disk each value has its reason beside it as a comment; reasons are written fo
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +21,8 @@ from medseg.planning.fingerprint import Fingerprint
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
+WIDTH = 110
+"""Of the lines of a plan on disk."""
 
 
 class Normalise(Config):
@@ -144,17 +148,23 @@ def read_plan(path: Path) -> Plan:
 
 def write_plan(path: Path, plan: Plan, reasons: dict[str, str]) -> None:
     """Write a plan with the reason of each value as a comment above it."""
-    lines = [
-        "# How medseg prepares, learns and predicts this dataset. Every value may be edited before training.",
-        "",
-    ]
-    # Dumped as a whole: a section alone would be written as {key: value}, and two of those are no YAML file.
-    text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, width=110, default_flow_style=None)
-    for line in text.splitlines():
-        key, colon, _ = line.partition(":")
-        lines += [f"# {reason}" for reason in reasons.get(key, "").splitlines() if colon]
-        lines.append(line)
+    lines = ["# How medseg prepares, learns and predicts this dataset. Every value may be edited before training."]
+    for key, value in plan.model_dump(mode="json").items():
+        why = textwrap.wrap(reasons.get(key, ""), WIDTH - 2)
+        lines += ["", *(f"# {line}" for line in why)] if why else []
+        lines += _yaml_lines(key, value, sections=2)
     write_text(path, "\n".join(lines) + "\n")
+
+
+def _yaml_lines(key: str, value: Any, *, sections: int) -> list[str]:
+    """Return `key: value` as YAML: sections down to this depth with one line a key, what lies deeper in braces."""
+    if isinstance(value, dict) and value and sections > 1:
+        inner = [line for name, item in value.items() for line in _yaml_lines(name, item, sections=sections - 1)]
+        return [f"{yaml.safe_dump(key, width=WIDTH).splitlines()[0]}:", *(f"  {line}" for line in inner)]
+    # Style None would put a section with nothing but a plain value in braces.
+    style = None if isinstance(value, dict | list) else False
+    text: str = yaml.safe_dump({key: value}, sort_keys=False, width=WIDTH - 4, default_flow_style=style)
+    return text.splitlines()
 
 
 def override(plan: Plan, settings: tuple[str, ...]) -> Plan:
@@ -177,8 +187,12 @@ def override(plan: Plan, settings: tuple[str, ...]) -> Plan:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise PlanError(f"--set {setting}: {section} is a value, not a section")
-        place[last] = yaml.safe_load(text)
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PlanError(f"--set {setting}: {text!r} is not valid YAML") from error
     try:
         return config.parse(Plan, yaml.safe_dump(values, sort_keys=False), name="--set")
     except ConfigError as error:
-        raise PlanError(str(error)) from error
+        # The lines are those of a text that nobody has seen.
+        raise PlanError(re.sub(r"^--set:\d+: ", "--set ", str(error), flags=re.MULTILINE)) from error

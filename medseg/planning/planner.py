@@ -7,6 +7,7 @@ measuring; ``decide`` picks the width and the precision that the budget allows, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg.errors import PlanError
-from medseg.planning.fingerprint import Fingerprint
+from medseg.planning.fingerprint import Fingerprint, tidy
 from medseg.planning.plan import Augmentation, Measured, NetworkPlan, Normalise, Plan, Spacing, Triple
 from medseg.spec import Channel, Spec
 
@@ -22,6 +23,8 @@ PATCH_VOXELS = {("cpu", 3): 160_000, ("cpu", 2): 256 * 256, ("cuda", 3): 128**3,
 BATCH_VOXELS = {"cpu": 200_000, "cuda": 4_200_000}
 MAX_STAGES = 6
 MIN_SIZE = 4
+FEW_SLICES = 8
+"""With fewer voxels along an axis a third dimension tells nothing."""
 WIDTHS: dict[str, tuple[int, ...]] = {
     "narrow": (16, 32, 64, 128, 256, 256),
     "wide": (32, 64, 128, 256, 320, 320),
@@ -31,6 +34,8 @@ ENOUGH_STEPS = {"narrow": 0, "wide": 20_000}
 """Steps that a width must get within the budget to be worth its price."""
 ENOUGH_PASSES = 10
 """How often every training voxel should be seen; below it the spacing is made coarser."""
+SIDES = {"left", "right", "l", "r", "lh", "rh"}
+"""Words in the names of labels that tell the sides of the body apart."""
 MIRROR_SECONDS = 30.0
 """Longest prediction of a median case that is still mirrored."""
 
@@ -94,7 +99,7 @@ def draft(
     patch = _patch(size, dims, limit)
     strides, kernels = _stages(patch, target, dims)
     multiple = [math.prod(s[a] for s in strides) for a in range(dims)] + [1] * (3 - dims)
-    i, j, k = (math.ceil(p / m) * m for p, m in zip(patch, multiple, strict=True))
+    i, j, k = _whole(patch, multiple, limit)
     batch = max(2, min(32, BATCH_VOXELS[device] // (i * j * k)))
     depth = len(strides) + 1
     sizes = "×".join(f"{n:.0f}" for n in size)
@@ -121,17 +126,19 @@ def draft(
 
 
 def _dimensions(spec: Spec, shape: Triple) -> tuple[Literal[2, 3], str]:
-    if spec.unit == "pixel" or min(shape) < 8:
-        return 2, f"The median case has {min(shape)} slices: too few for a third dimension."
+    if spec.unit == "pixel" or min(shape) < FEW_SLICES:
+        return 2, f"The median case has {min(shape)} slice(s): too few for a third dimension."
     return 3, f"The median case has {'×'.join(map(str, shape))} voxels: neighbours along every axis inform."
 
 
 def _slice_last(shape: Triple, spacing: Spacing, dimensions: int) -> tuple[tuple[int, int, int], str]:
     if dimensions == 3:
         return (0, 1, 2), "Axes of every case are turned to point right, anterior, superior."
-    slices = max(range(3), key=lambda a: (round(spacing[a], 3), -shape[a]))
+    finest = min(spacing)
+    slices = max(range(3), key=lambda a: (shape[a] < FEW_SLICES, round(spacing[a] / finest, 3), -shape[a]))
     first, second = [a for a in range(3) if a != slices]
-    return (first, second, slices), f"Slices run along the axis with the largest spacing ({spacing[slices]:g})."
+    why = f"The slices, {shape[slices]} at a distance of {spacing[slices]:g} in the median case, come last."
+    return (first, second, slices), why
 
 
 def _target_spacing(spec: Spec, fingerprint: Fingerprint, coarser: float) -> tuple[Spacing, str]:
@@ -147,7 +154,7 @@ def _target_spacing(spec: Spec, fingerprint: Fingerprint, coarser: float) -> tup
     if coarser > 1:
         spacing = [max(s, min(spacing) * coarser) for s in spacing]
         why += f", made {coarser:.3g} times coarser because the budget cannot cover the voxels at full resolution"
-    return (round(spacing[0], 5), round(spacing[1], 5), round(spacing[2], 5)), why + "."
+    return (tidy(spacing[0]), tidy(spacing[1]), tidy(spacing[2])), why + "."
 
 
 def _patch(size: list[float], dimensions: int, limit: int) -> list[int]:
@@ -161,19 +168,35 @@ def _patch(size: list[float], dimensions: int, limit: int) -> list[int]:
     return patch
 
 
+def _whole(patch: list[int], multiple: list[int], limit: int) -> Triple:
+    """Round a patch up to multiples of the total stride, then shorten its longest axes where that passes the limit."""
+    size = [math.ceil(p / m) * m for p, m in zip(patch, multiple, strict=True)]
+    while math.prod(size) > limit:
+        spare = [a for a in range(3) if size[a] > 2 * multiple[a]]
+        if not spare:
+            break
+        longest = max(spare, key=lambda a: size[a])
+        size[longest] -= multiple[longest]
+    return size[0], size[1], size[2]
+
+
 def _stages(patch: list[int], spacing: Spacing, dimensions: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Halve the axes that are still long and fine enough, as nnU-Net does (Isensee et al. 2021, supplement)."""
     size, step = [float(n) for n in patch[:dimensions]], list(spacing[:dimensions])
     strides: list[tuple[int, ...]] = []
     kernels: list[tuple[int, ...]] = [tuple(3 if s < 2 * min(step) else 1 for s in step)]
     while len(strides) < MAX_STAGES - 1:
-        stride = tuple(2 if n / 2 >= MIN_SIZE and s < 2 * min(step) else 1 for n, s in zip(size, step, strict=True))
-        if max(stride) == 1:
+        long = [a for a in range(dimensions) if size[a] / 2 >= MIN_SIZE]
+        if not long:
             break
+        # Compared with the axes that can still be halved: a short fine one must not stop the others.
+        finest = min(step[a] for a in long)
+        stride = tuple(2 if a in long and step[a] < 2 * finest else 1 for a in range(dimensions))
         size = [n / t for n, t in zip(size, stride, strict=True)]
         step = [s * t for s, t in zip(step, stride, strict=True)]
         strides.append(stride)
-        kernels.append(tuple(3 if s < 2 * min(step) else 1 for s in step))
+        # An axis that is looked along once is looked along at every coarser stage.
+        kernels.append(tuple(3 if k == 3 or s < 2 * min(step) else 1 for k, s in zip(kernels[-1], step, strict=True)))
     if not strides:
         raise PlanError(
             f"images of {patch} voxels are too small to learn from; at least {2 * MIN_SIZE} along an axis are needed"
@@ -210,8 +233,10 @@ def decide(
 
     Raises
     ------
-    PlanError : the budget is too small for a single step.
+    PlanError : the budget is too small for a single step, or no step is asked for.
     """
+    if steps is not None and steps < 1:
+        raise PlanError(f"{steps} steps teach nothing; at least 1 is needed")
     width, precision = _choose(sketch, measured.step_seconds, training_seconds)
     seconds = measured.step_seconds[f"{width} {precision}"]
     expected = steps if steps is not None else int((training_seconds or 0) / seconds)
@@ -221,9 +246,7 @@ def decide(
             "give a larger --budget"
         )
     mirror, why_mirror = _mirror_axes(spec, sketch)
-    case_voxels = sketch.voxels / fingerprint.cases
-    windows = max(1.0, case_voxels / math.prod(sketch.patch_size) * 2**sketch.dimensions)
-    predict = windows * seconds / sketch.batch_size / 3 * 2 ** len(mirror)
+    predict = _prediction_seconds(sketch, seconds, cases=fingerprint.cases) * 2 ** len(mirror)
     plan = Plan(
         dataset=spec.name,
         dimensions=sketch.dimensions,
@@ -250,26 +273,35 @@ def decide(
         measured=measured,
         fingerprint=fingerprint,
     )
-    reasons = {
-        **sketch.reasons,
+    reasons = {**sketch.reasons, **_reasons(plan, width, seconds, predict), "augmentation": why_mirror}
+    return plan, reasons
+
+
+def _reasons(plan: Plan, width: str, seconds: float, predict: float) -> dict[str, str]:
+    """Say why, in words for people; `seconds` is the time of a step, `predict` of a median case with mirroring."""
+    device = "" if plan.measured is None else f" ({plan.measured.device})"
+    expected = "Expected from the measured step time and the budget; the clock decides."
+    return {
         "normalisation": "CT holds Hounsfield units: clipped and scaled by the dataset's foreground. "
         "Other images have no common scale: each by its own mean and deviation.",
-        "network": f"Width {width!r}: measured {seconds:.3f} s a step, {expected} steps; a wider one would not get "
+        "network": f"Width {width!r}: measured {seconds:.3f} s a step, {plan.steps} steps; a wider one would not get "
         "the steps it needs. Axes are halved while they are long and fine enough.",
         "loss": "Dice for the overlap that is scored, cross-entropy for gradients everywhere.",
-        "foreground_share": "At least half of a batch is centred on a label, so that small ones are seen.",
-        "augmentation": why_mirror,
+        "foreground_share": "At least this share of a batch holds a label, so that small ones are seen.",
         "learning_rate": "Full rate of AdamW; it rises over the warm-up and falls to zero at the end.",
         "averaging": "The weights that predict are a running average over about 3 % of the steps.",
-        "precision": f"The fastest measured on this machine ({measured.device}).",
-        "steps": "Expected from the measured step time and the budget; the clock decides."
-        if training_seconds is not None
-        else "Asked for.",
+        "precision": f"The fastest measured on this machine{device}.",
+        "steps": "Asked for." if plan.budget_seconds is None else expected,
         "test_mirroring": f"Predicting a median case with mirroring is expected to take {predict:.1f} s here.",
         "measured": "Step times of each candidate on this machine, in seconds.",
         "fingerprint": "What the dataset is; the plan follows from it.",
     }
-    return plan, reasons
+
+
+def _prediction_seconds(sketch: Draft, step_seconds: float, *, cases: int) -> float:
+    """Return how long a case takes without mirroring: windows that overlap by half, each a third of a step."""
+    windows = max(1.0, sketch.voxels / cases / math.prod(sketch.patch_size) * 2**sketch.dimensions)
+    return windows * step_seconds / sketch.batch_size / 3
 
 
 def _choose(
@@ -318,8 +350,8 @@ def _mirror_axes(spec: Spec, sketch: Draft) -> tuple[tuple[int, ...], str]:
     axes = tuple(range(sketch.dimensions))
     if spec.unit == "pixel":
         return axes, "A picture has no up and down: every axis may be mirrored."
-    words = {word for name in spec.foreground for word in name.lower().replace("-", "_").split("_")}
-    if words & {"left", "right", "l", "r"}:
+    words = (word.lower() for name in spec.foreground for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
+    if SIDES.intersection(words):
         return (), "Labels name left and right, so nothing is mirrored: anatomy has no other symmetry."
     sides = tuple(a for a in axes if sketch.orientation[a] in "RL")
     return sides, "Anatomy is symmetric from left to right only, and no label names a side: that axis is mirrored."
