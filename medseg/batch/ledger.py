@@ -77,7 +77,7 @@ class Ledger:
         file = self.out / "journal" / f"{study}.json"
         try:
             before = int(json.loads(file.read_text(encoding="utf-8"))["attempts"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             before = 0
         write_json(file, {"attempts": before + 1})
         return before + 1

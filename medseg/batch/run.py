@@ -87,7 +87,7 @@ def predict(
     info = loaded.bundle.info
     studies = find_inputs(inputs, info.spec, choice=choice, splits=splits, out=out)
     for folder in (out, out / "ledger", out / "journal", out / "private"):
-        sweep(folder)
+        sweep(folder, deep=False)
     write_json(out / PROVENANCE, info.provenance(mirror))
     _write_linkage(out, studies)
     ledger = Ledger(out)
