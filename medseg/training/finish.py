@@ -70,7 +70,7 @@ def finish_run(
     _overlays(jobs[0], out, report / "overlays")
     tracker.table("validation_cases", rows)
     tracker.metrics({f"final_dice_{name}": value for name, value in dice.items()}, step=states[-1].step)
-    tracker.artifact(report / "overlays", "overlays")
+    tracker.artifact(report / "overlays")
     tags = {"model_digest": bundle.info.digest, "dataset_digest": dataset_digest}
     tracker.register(model_name, bundle.folder, alias="candidate", tags=tags)
     return bundle
