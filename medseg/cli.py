@@ -1,7 +1,7 @@
 """The command line: one verb a stage, in the order in which data flow.
 
-Exit codes: 0 all done, 1 failed, 2 wrong usage, 3 some studies failed. Errors are printed as one message;
-``medseg --debug VERB`` shows where they come from.
+Exit codes: 0 all done, 1 failed, 2 wrong usage, 3 some studies failed, 130 interrupted. Errors are printed as
+one message; ``medseg --debug VERB`` shows where they come from.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+INTERRUPTED = 130
 console = Console()
 errors = Console(stderr=True)
 
@@ -92,7 +93,7 @@ def check(
     else:
         console.print(render(result))
         if result.page:
-            console.print(f"Page: {result.page}", highlight=False)
+            _say(f"Page: {result.page}")
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -122,7 +123,7 @@ def plan(
         seed=seed,
         display=_display(),
     )
-    console.print(f"{out}: {made.dimensions}-D, patch {made.patch_size}, {made.steps} steps expected", highlight=False)
+    _say(f"{out}: {made.dimensions}-D, patch {made.patch_size}, {made.steps} steps expected")
 
 
 @app.command()
@@ -171,8 +172,8 @@ def train(  # noqa: PLR0913 - one parameter an option
         display=_display(),
     )
     dice = ", ".join(f"{label} {value:.3f}" for label, value in result.dice.items())
-    console.print(f"{result.steps} steps in {result.seconds:.0f} s; validation Dice: {dice}", highlight=False)
-    console.print(f"Model: {result.model}", highlight=False)
+    _say(f"{result.steps} steps in {result.seconds:.0f} s; validation Dice: {dice}")
+    _say(f"Model: {result.model}")
 
 
 @app.command()
@@ -199,7 +200,7 @@ def predict(
         mirror=mirror,
         cases=None if cases is None else cases.value,
         splits=splits,
-        display=_display(),
+        display=_display(json),
     )
     if json:
         typer.echo(_as_json([entry.model_dump(mode="json") for entry in result.entries]))
@@ -237,7 +238,7 @@ def evaluate(
         typer.echo((out / "summary.json").read_text(encoding="utf-8"))
     else:
         console.print(_summary_table(result))
-        console.print(f"Per-case table: {out / 'cases.csv'}", highlight=False)
+        _say(f"Per-case table: {out / 'cases.csv'}")
 
 
 @app.command()
@@ -255,10 +256,8 @@ def report(
     """
     from medseg import api
 
-    page = api.report(
-        evaluation, out=out, against=against, predictions=predictions, reference=reference, splits=splits
-    )
-    console.print(f"Page: {page}", highlight=False)
+    page = api.report(evaluation, out=out, against=against, predictions=predictions, reference=reference, splits=splits)
+    _say(f"Page: {page}")
 
 
 @app.command()
@@ -275,7 +274,7 @@ def retrain(
     """
     from medseg import api
 
-    result = api.retrain(config, dry_run=dry_run, display=_display())
+    result = api.retrain(config, dry_run=dry_run, display=_display(json))
     typer.echo(_as_json(result.to_dict()) if json else result.describe())
     raise typer.Exit(result.exit_code)
 
@@ -290,7 +289,10 @@ def list_models(
     track: Store = Path(),
     json: Json = False,
 ) -> None:
-    """List registered models with their aliases."""
+    """List registered models with their aliases.
+
+    Example: medseg models list
+    """
     from dataclasses import asdict
 
     from medseg.tracking import list_versions
@@ -300,9 +302,9 @@ def list_models(
         typer.echo(_as_json([asdict(row) for row in rows]))
         return
     for row in rows:
-        console.print(f"{row.name} {row.version}  {', '.join(row.aliases) or '-'}", highlight=False)
+        _say(f"{row.name} {row.version}  {', '.join(row.aliases) or '-'}")
     if not rows:
-        console.print("No model is registered here.", highlight=False)
+        _say("No model is registered here.")
 
 
 @models.command()
@@ -311,23 +313,32 @@ def promote(
     version: Annotated[int, typer.Argument(help="Version that becomes the champion.")],
     track: Store = Path(),
 ) -> None:
-    """Make a version the champion; the former one becomes `previous`."""
+    """Make a version the champion; the former one becomes `previous`.
+
+    Example: medseg models promote hippocampus 2
+    """
     from medseg.retraining import promote_version
 
-    console.print(promote_version(track, name, version), highlight=False)
+    _say(promote_version(track, name, version))
 
 
 @models.command()
 def rollback(name: Annotated[str, typer.Argument(help="Registered model.")], track: Store = Path()) -> None:
-    """Give the alias champion back to the version that had it before."""
+    """Give the alias champion back to the version that had it before.
+
+    Example: medseg models rollback hippocampus
+    """
     from medseg.retraining import roll_back
 
-    console.print(roll_back(track, name), highlight=False)
+    _say(roll_back(track, name))
 
 
 @app.command()
 def info(json: Json = False) -> None:
-    """Versions, devices, memory and the tables of kinds (networks, losses, readers, ...)."""
+    """Versions, devices, memory and the tables of kinds (networks, losses, readers, ...).
+
+    Example: medseg info --json
+    """
     from medseg.info import gather
 
     facts = gather()
@@ -336,13 +347,19 @@ def info(json: Json = False) -> None:
         return
     for key, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else value
-        console.print(f"{key}: {text}", highlight=False, markup=False)
+        _say(f"{key}: {text}")
 
 
-def _display() -> Any:
+def _display(json: bool = False) -> Any:
+    """Return a display on stdout; on stderr where stdout is read by a machine."""
     from medseg.display import Display
 
-    return Display(console)
+    return Display(errors if json else console)
+
+
+def _say(text: str) -> None:
+    """Print a line as it is: not coloured, not wrapped, brackets in a path not read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _as_json(value: Any) -> str:
@@ -356,10 +373,13 @@ def _print_batch(result: Any) -> None:
         where = result.origins.get(entry.id, "")
         if entry.state != "done":
             errors.print(
-                f"{entry.id} ({where}): {entry.state} {entry.code}: {entry.message}", highlight=False, markup=False
+                f"{entry.id} ({where}): {entry.state} {entry.code}: {entry.message}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
     done = len(result.select("done"))
-    console.print(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}", highlight=False)
+    _say(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}")
 
 
 def _summary_table(result: Any) -> Any:
@@ -381,9 +401,12 @@ def main(application: typer.Typer = app) -> None:
             raise
         errors.print(f"Error [{error.code}]: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if type(error) is ConfigError else 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer turns Ctrl-C into a silent exit with this code
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         errors.print("Interrupted; the same command goes on from here.", highlight=False)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
