@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -136,6 +137,12 @@ def make_tiny_dataset(root: Path, *, cases: int = 7, test: int = 2, **changes: A
     }
     (root / "dataset.yaml").write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The parts of tiny datasets: ``case(number, shape)``, ``affine``, ``shape`` and ``save(path, array, affine)``."""
+    return SimpleNamespace(case=tiny_case, affine=TINY_AFFINE, shape=TINY_SHAPE, save=save_nifti)
 
 
 @pytest.fixture(scope="session")
