@@ -31,10 +31,10 @@ class Display:
         self.console = console
         self._bars = (
             Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
                 TextColumn("{task.percentage:>3.0f} %"),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 TimeElapsedColumn(),
                 console=console,
                 transient=True,
@@ -44,6 +44,7 @@ class Display:
         )
         self._task: TaskID | None = None
         self._line = 0.0
+        self._name = ""
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -59,7 +60,7 @@ class Display:
     def say(self, text: str) -> None:
         """Write one lasting line."""
         if self.console is not None:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stage(self, name: str) -> None:
         """Begin a new bar called `name`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from medseg.errors import ConfigError
@@ -16,6 +17,8 @@ def seconds(text: str) -> float:
     written = "".join(number + unit for number, unit in parts)
     if not parts or written != re.sub(r"\s+", "", text.strip().lower()):
         raise ConfigError(f"{text!r} is not a duration; write for example 90s, 10m, 1h30m or 2d")
+    if len(parts) > 1 and not all(unit for _, unit in parts):
+        raise ConfigError(f"{text!r}: each number needs its unit, one of s, m, h, d; write for example 1h30m")
     total = 0.0
     for number, unit in parts:
         if (unit or "s") not in _SECONDS:
@@ -23,6 +26,6 @@ def seconds(text: str) -> float:
                 f"{text!r}: unknown unit {unit!r}; allowed: s, m, h, d{did_you_mean(unit, list(_SECONDS))}"
             )
         total += float(number) * _SECONDS[unit or "s"]
-    if total <= 0:
-        raise ConfigError(f"{text!r}: a duration must be longer than nothing")
+    if not 0 < total < math.inf:
+        raise ConfigError(f"{text!r}: a duration must be longer than nothing and have an end")
     return total

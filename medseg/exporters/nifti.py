@@ -25,7 +25,11 @@ def write_nifti(path: Path, mask: Volume) -> None:
     """
 
     def write(temporary: Path) -> None:
-        image = nibabel.Nifti1Image(np.ascontiguousarray(mask.array[0]), mask.affine)
+        array = np.ascontiguousarray(mask.array[0])
+        if array.dtype.kind == "b" or array.dtype.itemsize == 8:
+            # Few programs read booleans or 64 bits; what does not fit 32 shows when it is read back.
+            array = array.astype(np.uint8 if array.dtype.kind == "b" else np.int32)
+        image = nibabel.Nifti1Image(array, mask.affine)
         image.header.set_xyzt_units("mm" if mask.unit == "mm" else "unknown")
         image.set_sform(mask.affine, code=1)
         image.set_qform(mask.affine if mask.orthogonal else None, code=1 if mask.orthogonal else 0)

@@ -32,9 +32,10 @@ def window_logits(networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) ->
             with autocast(windows.device.type, plan.precision):
                 logits = network(windows.flip(dims) if dims else windows)
             logits = logits.float().flip(dims) if dims else logits.float()
-            total = logits if total is None else total.add_(logits)
+            # Not in place: a network may hand back a tensor that is still in use.
+            total = logits if total is None else total + logits
         assert total is not None
-        total /= len(networks) * len(flips)
+        total = total / (len(networks) * len(flips))
         return total[..., None] if flat else total
 
     return predict
