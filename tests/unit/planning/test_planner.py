@@ -296,3 +296,9 @@ def test_every_decision_has_a_reason(make_spec: Make, make_fingerprint: Make) ->
 def test_the_average_reaches_over_a_part_of_the_run(make_spec: Make, make_fingerprint: Make, steps: int) -> None:
     averaging = plan_for(make_spec(), make_fingerprint(), steps=steps)[0].averaging
     assert 1 / (1 - averaging) == pytest.approx(max(10, 0.03 * steps), rel=0.01)
+
+
+def test_every_value_of_a_plan_has_its_reason(make_spec: Make, make_fingerprint: Make) -> None:
+    plan, reasons = plan_for(make_spec(), make_fingerprint())
+    assert set(type(plan).model_fields) == set(reasons)
+    assert all(reasons.values())
