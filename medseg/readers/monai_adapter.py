@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from medseg.errors import GeometryError, ReadError
 from medseg.readers import read_image, reader_for
 from medseg.volume import Volume, align_to
 
-Names = Sequence[str | Path] | str | Path
+Name = str | PathLike[Any]
+Names = Sequence[Name] | Name
 
 
 class MedsegReader(ImageReader):
