@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -90,14 +91,13 @@ def test_nan_is_no_number_for_a_record(tmp_path: Path) -> None:
     assert read_decisions(tmp_path) == []
 
 
-def hold(file: Path, ready: str) -> None:
+def die_holding(file: Path) -> None:
     with locked(file, seconds=0, what="holding"):
-        Path(ready).touch()
-        os._exit(9) if ready.endswith("die") else multiprocessing.Event().wait(20)
+        os._exit(9)
 
 
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path / "x.lock", str(tmp_path / "die")))
+    process = multiprocessing.get_context("spawn").Process(target=die_holding, args=(tmp_path / "x.lock",))
     process.start()
     process.join(60)
     assert process.exitcode == 9
@@ -106,8 +106,9 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 
 def test_a_held_lock_is_told(tmp_path: Path) -> None:
-    with locked(tmp_path / "x.lock", seconds=0, what="doing a tick"):
-        with pytest.raises(RetrainingError, match="doing a tick") as caught:
-            with locked(tmp_path / "x.lock", seconds=0, what="doing a tick"):
-                pass
+    def lock() -> Any:
+        return locked(tmp_path / "x.lock", seconds=0, what="doing a tick")
+
+    with lock(), pytest.raises(RetrainingError, match="doing a tick") as caught, lock():
+        pass
     assert caught.value.code == "LOCKED"
