@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from medseg.errors import TrainingError
+from medseg.errors import ReadError, TrainingError
 from medseg.files import digest
 from medseg.preparation.cache import source_digest
-from medseg.spec import Case, Dataset, spec_digest
+from medseg.spec import Case, Dataset, Spec, spec_digest
 
 
 def make_manifest(dataset: Dataset) -> dict[str, Any]:
@@ -18,12 +18,25 @@ def make_manifest(dataset: Dataset) -> dict[str, Any]:
 
     Raises
     ------
+    ReadError : CHANNEL_MISSING.
     TrainingError : a file of a training case cannot be read.
     """
+    for case in dataset.select("train"):
+        _refuse_missing_channels(dataset.spec, case)
     rows = [{"id": c.id, "patient": c.patient, "source": source_of(c)} for c in dataset.select("train")]
     held = [{"id": c.id, "patient": c.patient} for c in dataset.select("test")]
     content = {"spec": spec_digest(dataset.spec), "train": rows, "test": held}
     return {**content, "name": dataset.spec.name, "digest": digest(content)}
+
+
+def _refuse_missing_channels(spec: Spec, case: Case) -> None:
+    # One path for all channels is a file that was found; of several, only the first was looked for.
+    for name, path in zip(spec.channels, case.images, strict=False):
+        if not path.exists():
+            raise ReadError(
+                f"case {case.id}: the file of channel {name!r} is missing; medseg check lists all",
+                code="CHANNEL_MISSING",
+            )
 
 
 def source_of(case: Case) -> str:
