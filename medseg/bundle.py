@@ -53,7 +53,7 @@ class BundleInfo(Config):
     @property
     def digest(self) -> str:
         """SHA-256 that names the model: weights, plan and spec."""
-        return digest([self.weights, self.plan.digest, self.spec.model_dump(mode="json", exclude={"root"})])
+        return digest([self.weights, self.plan.digest, spec_digest(self.spec)])
 
     def provenance(self, mirror: bool | None) -> dict[str, str | int | bool | None]:
         """Return what is said about the origin of this model's predictions; no path, no date.

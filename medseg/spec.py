@@ -20,6 +20,7 @@ from medseg.errors import SpecError
 from medseg.files import digest
 from medseg.privacy import keyed_id
 from medseg.readers import reader_for
+from medseg.readers.label_request import Overlap
 from medseg.registry import did_you_mean
 
 BACKGROUND = "background"
@@ -42,6 +43,16 @@ class Channel(Config):
     file: str | None = None
 
 
+def _expression(value: str | None) -> str | None:
+    """Refuse what is no regular expression."""
+    if value is not None:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value!r} is not a regular expression ({error})") from error
+    return value
+
+
 class Code(Config):
     """A coded concept, SNOMED CT unless told (DICOM PS3.3 section 8)."""
 
@@ -51,11 +62,24 @@ class Code(Config):
 
 
 class Label(Config):
-    """One structure: its value in the masks, its colour (#rrggbb) and its code."""
+    """One structure: its value in the masks, its colour (#rrggbb) and its code.
+
+    Attributes
+    ----------
+    dicom : regular expression for the name of its DICOM segments or ROIs (the label's name unless told).
+    optional : a DICOM study without such a segment has none of it; else it is refused.
+    """
 
     value: int = Field(ge=0, strict=True)
     color: str | None = Field(default=None, pattern=r"^#[0-9a-fA-F]{6}$")
     snomed: Code | None = None
+    dicom: str | None = None
+    optional: bool = False
+
+    @field_validator("dicom")
+    @classmethod
+    def _valid_expression(cls, value: str | None) -> str | None:
+        return _expression(value)
 
 
 class Region(Config):
@@ -80,10 +104,11 @@ class Spec(Config):
     root : folder of the files, relative to the spec file; ``~`` and ``${VARIABLE}`` are expanded.
     images : path pattern below root with {case}, and {channel} where each channel has its own file; a DICOM series
         is a folder. Without {channel} a file must hold all channels (4-D NIfTI).
-    masks : path pattern of the label maps with {case}.
+    masks : path pattern of the label maps, or of DICOM SEG or RTSTRUCT files or their folders, with {case}.
     channels : name -> Channel, in the order in which the network sees them.
     labels : name -> Label (or just its value); background is 0 and need not be listed.
     regions : name -> Region, painted in this order; empty means that labels are exclusive classes.
+    overlap : DICOM structures of two labels that share voxels are refused, or the later label of the spec wins.
     ignore : mask value whose voxels are unannotated and teach nothing.
     patient : regular expression on the case id; its first group (or the whole match) names the patient.
     case_ids : "name" shows names from the disk, "hash" hashes them; unless told, DICOM is hashed and NIfTI is not.
@@ -99,6 +124,7 @@ class Spec(Config):
     channels: dict[str, Channel] = Field(min_length=1)
     labels: dict[str, Label]
     regions: dict[str, Region] = Field(default_factory=dict)
+    overlap: Overlap = "refuse"
     ignore: int | None = Field(default=None, ge=1)
     patient: str | None = None
     case_ids: Literal["name", "hash"] | None = None
@@ -117,12 +143,7 @@ class Spec(Config):
     @field_validator("patient")
     @classmethod
     def _valid_expression(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{value!r} is not a regular expression ({error})") from error
-        return value
+        return _expression(value)
 
     @field_validator("spacing")
     @classmethod
@@ -308,5 +329,9 @@ def _split(dataset: Dataset, splits: Splits, *, name: str) -> Dataset:
 
 
 def spec_digest(spec: Spec) -> str:
-    """Return the SHA-256 of what a spec says (its root left out: the same data elsewhere are the same data)."""
-    return digest(spec.model_dump(mode="json", exclude={"root"}))
+    """Return the SHA-256 of what a spec says (its root left out: the same data elsewhere are the same data).
+
+    The order of channels, labels and regions counts, because it is that of the network's channels.
+    """
+    order = [list(spec.channels), list(spec.labels), list(spec.regions)]
+    return digest([spec.model_dump(mode="json", exclude={"root"}), order])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from medseg import config
 from medseg.errors import SpecError
 from medseg.spec import Label, Region, Spec, load_dataset, spec_digest
 
@@ -363,3 +364,10 @@ def test_every_shipped_spec_is_valid(repository: Path, data: Path, monkeypatch: 
 
 def test_labels_may_be_written_short() -> None:
     assert Spec.model_validate({**GOOD, "labels": {"a": 3}}).labels == {"a": Label(value=3)}
+
+
+def test_the_digest_of_a_spec_knows_the_order_of_its_labels() -> None:
+    text = "name: x\nimages: 'i/{{case}}.nii'\nmasks: 'm/{{case}}.nii'\nchannels: {{t1: {{}}}}\nlabels: {labels}\n"
+    first = config.parse(Spec, text.format(labels="{a: 1, b: 2}"), name="x")
+    second = config.parse(Spec, text.format(labels="{b: 2, a: 1}"), name="x")
+    assert spec_digest(first) != spec_digest(second), "channels of a network follow the order of the labels"
