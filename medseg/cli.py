@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from medseg.cli_models import models
+from medseg.cli_options import (
+    Budget,
+    CaseChoice,
+    Dataset,
+    Json,
+    NoTrack,
+    Seed,
+    Settings,
+    Splits,
+    Steps,
+    Store,
+    as_json,
+    console,
+    errors,
+    say,
+)
 from medseg.errors import ConfigError, MedsegError
 
 app = typer.Typer(
@@ -25,28 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 INTERRUPTED = 130
-console = Console()
-errors = Console(stderr=True)
-
-
-class Cases(StrEnum):
-    """Which cases of a dataset."""
-
-    TEST = "test"
-    TRAIN = "train"
-    ALL = "all"
-
-
-Dataset = Annotated[Path, typer.Argument(help="Spec file, or folder with dataset.yaml, MSD or nnU-Net v2 layout.")]
-Splits = Annotated[Path | None, typer.Option(help="YAML or JSON with lists `train` and `test` of case ids.")]
-Budget = Annotated[str | None, typer.Option(help="Wall time of the whole command: 90s, 10m, 1h30m, 2d (default 1h).")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Fixed number of training steps instead of a budget.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: change a value of the plan.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
-Store = Annotated[Path, typer.Option(help="Folder of the MLflow store (mlflow.db); MLFLOW_TRACKING_URI comes first.")]
-NoTrack = Annotated[bool, typer.Option("--no-track", help="Do not record in MLflow.")]
-CaseChoice = Annotated[Cases | None, typer.Option(help="Cases of a dataset (default: test if there are any).")]
 
 
 @app.callback()
@@ -93,7 +86,7 @@ def check(
     else:
         console.print(render(result))
         if result.page:
-            _say(f"Page: {result.page}")
+            say(f"Page: {result.page}")
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -123,7 +116,7 @@ def plan(
         seed=seed,
         display=_display(),
     )
-    _say(f"{out}: {made.dimensions}-D, patch {made.patch_size}, {made.steps} steps expected")
+    say(f"{out}: {made.dimensions}-D, patch {made.patch_size}, {made.steps} steps expected")
 
 
 @app.command()
@@ -172,8 +165,8 @@ def train(  # noqa: PLR0913 - one parameter an option
         display=_display(),
     )
     dice = ", ".join(f"{label} {value:.3f}" for label, value in result.dice.items())
-    _say(f"{result.steps} steps in {result.seconds:.0f} s; validation Dice: {dice}")
-    _say(f"Model: {result.model}")
+    say(f"{result.steps} steps in {result.seconds:.0f} s; validation Dice: {dice}")
+    say(f"Model: {result.model}")
 
 
 @app.command()
@@ -203,7 +196,7 @@ def predict(
         display=_display(json),
     )
     if json:
-        typer.echo(_as_json([entry.model_dump(mode="json") for entry in result.entries]))
+        typer.echo(as_json([entry.model_dump(mode="json") for entry in result.entries]))
     else:
         _print_batch(result)
     raise typer.Exit(0 if result.complete else 3 if result.select("done") else 1)
@@ -238,7 +231,7 @@ def evaluate(
         typer.echo((out / "summary.json").read_text(encoding="utf-8"))
     else:
         console.print(_summary_table(result))
-        _say(f"Per-case table: {out / 'cases.csv'}")
+        say(f"Per-case table: {out / 'cases.csv'}")
 
 
 @app.command()
@@ -257,7 +250,7 @@ def report(
     from medseg import api
 
     page = api.report(evaluation, out=out, against=against, predictions=predictions, reference=reference, splits=splits)
-    _say(f"Page: {page}")
+    say(f"Page: {page}")
 
 
 @app.command()
@@ -275,62 +268,11 @@ def retrain(
     from medseg import api
 
     result = api.retrain(config, dry_run=dry_run, display=_display(json))
-    typer.echo(_as_json(result.to_dict()) if json else result.describe())
+    typer.echo(as_json(result.to_dict()) if json else result.describe())
     raise typer.Exit(result.exit_code)
 
 
-models = typer.Typer(help="The model registry.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(models, name="models")
-
-
-@models.command("list")
-def list_models(
-    name: Annotated[str | None, typer.Argument(help="Only this model.")] = None,
-    track: Store = Path(),
-    json: Json = False,
-) -> None:
-    """List registered models with their aliases.
-
-    Example: medseg models list
-    """
-    from dataclasses import asdict
-
-    from medseg.tracking import list_versions
-
-    rows = list_versions(track, name)
-    if json:
-        typer.echo(_as_json([asdict(row) for row in rows]))
-        return
-    for row in rows:
-        _say(f"{row.name} {row.version}  {', '.join(row.aliases) or '-'}")
-    if not rows:
-        _say("No model is registered here.")
-
-
-@models.command()
-def promote(
-    name: Annotated[str, typer.Argument(help="Registered model.")],
-    version: Annotated[int, typer.Argument(help="Version that becomes the champion.")],
-    track: Store = Path(),
-) -> None:
-    """Make a version the champion; the former one becomes `previous`.
-
-    Example: medseg models promote hippocampus 2
-    """
-    from medseg.retraining import promote_version
-
-    _say(promote_version(track, name, version))
-
-
-@models.command()
-def rollback(name: Annotated[str, typer.Argument(help="Registered model.")], track: Store = Path()) -> None:
-    """Give the alias champion back to the version that had it before.
-
-    Example: medseg models rollback hippocampus
-    """
-    from medseg.retraining import roll_back
-
-    _say(roll_back(track, name))
 
 
 @app.command()
@@ -343,11 +285,11 @@ def info(json: Json = False) -> None:
 
     facts = gather()
     if json:
-        typer.echo(_as_json(facts))
+        typer.echo(as_json(facts))
         return
     for key, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else value
-        _say(f"{key}: {text}")
+        say(f"{key}: {text}")
 
 
 def _display(json: bool = False) -> Any:
@@ -355,17 +297,6 @@ def _display(json: bool = False) -> Any:
     from medseg.display import Display
 
     return Display(errors if json else console)
-
-
-def _say(text: str) -> None:
-    """Print a line as it is: not coloured, not wrapped, brackets in a path not read as markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _as_json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, indent=1, sort_keys=True, default=str)
 
 
 def _print_batch(result: Any) -> None:
@@ -379,7 +310,7 @@ def _print_batch(result: Any) -> None:
                 soft_wrap=True,
             )
     done = len(result.select("done"))
-    _say(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}")
+    say(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}")
 
 
 def _summary_table(result: Any) -> Any:

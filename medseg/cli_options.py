@@ -1,0 +1,45 @@
+"""Options that several verbs share, and how verbs write to the terminal."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class Cases(StrEnum):
+    """Which cases of a dataset."""
+
+    TEST = "test"
+    TRAIN = "train"
+    ALL = "all"
+
+
+Dataset = Annotated[Path, typer.Argument(help="Spec file, or folder with dataset.yaml, MSD or nnU-Net v2 layout.")]
+Splits = Annotated[Path | None, typer.Option(help="YAML or JSON with lists `train` and `test` of case ids.")]
+Budget = Annotated[str | None, typer.Option(help="Wall time of the whole command: 90s, 10m, 1h30m, 2d (default 1h).")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Fixed number of training steps instead of a budget.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: change a value of the plan.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+Store = Annotated[Path, typer.Option(help="Folder of the MLflow store (mlflow.db); MLFLOW_TRACKING_URI comes first.")]
+NoTrack = Annotated[bool, typer.Option("--no-track", help="Do not record in MLflow.")]
+CaseChoice = Annotated[Cases | None, typer.Option(help="Cases of a dataset (default: test if there are any).")]
+
+
+def say(text: str) -> None:
+    """Print a line as it is: not coloured, not wrapped, brackets in a path not read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def as_json(value: Any) -> str:
+    """Return `value` as indented JSON with sorted keys."""
+    import json
+
+    return json.dumps(value, indent=1, sort_keys=True, default=str)
