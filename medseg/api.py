@@ -61,6 +61,7 @@ def plan(
     from medseg.planning.fingerprint import take_fingerprint
     from medseg.planning.plan import write_plan
     from medseg.spec import load_dataset
+    from medseg.training.manifest import learning_cases
     from medseg.training.request import Request
     from medseg.training.run import make_plan
 
@@ -69,7 +70,7 @@ def plan(
     found = load_dataset(Path(dataset), splits=_path(splits))
     with display:
         display.stage("reading")
-        fingerprint = take_fingerprint(found.spec, found.select("train"), progress=display.counted)
+        fingerprint = take_fingerprint(found.spec, learning_cases(found), progress=display.counted)
         display.stage("measuring step times")
         request = Request(budget=length, steps=steps, settings=tuple(settings), seed=seed)
         made, reasons = make_plan(found, fingerprint, request, best_device())

@@ -29,6 +29,11 @@ def make_manifest(dataset: Dataset) -> dict[str, Any]:
     return {**content, "name": dataset.spec.name, "digest": digest(content)}
 
 
+def learning_cases(dataset: Dataset) -> tuple[Case, ...]:
+    """Return the training cases that have a mask; the others teach nothing (``medseg check``: UNLABELLED)."""
+    return tuple(case for case in dataset.select("train") if case.mask is not None)
+
+
 def _refuse_missing_channels(spec: Spec, case: Case) -> None:
     # One path for all channels is a file that was found; of several, only the first was looked for.
     for name, path in zip(spec.channels, case.images, strict=False):

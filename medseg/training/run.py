@@ -35,7 +35,7 @@ from medseg.training.calibrate import measure
 from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
 from medseg.training.folds import Fold, make_folds, refuse_leaks
 from medseg.training.loop import Job, fit
-from medseg.training.manifest import make_manifest
+from medseg.training.manifest import learning_cases, make_manifest
 from medseg.training.request import Request, complete, open_run, read_json
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Schedule
 from medseg.training.state import LoopState, job_digest, load_state, mean_dice
@@ -93,9 +93,11 @@ def train(
     display = display or Display(None)
     dataset = load_dataset(dataset_path, splits=splits)
     refuse_leaks(dataset.cases)
-    cases = dataset.select("train")
+    cases = learning_cases(dataset)
     request = complete(request)
     with display:
+        if left_out := len(dataset.select("train")) - len(cases):
+            display.say(f"{left_out} training case(s) have no mask and are left out")
         manifest = make_manifest(dataset)
         open_run(out, manifest, request)
         if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 import yaml
 
@@ -232,3 +234,54 @@ def test_an_interrupt_says_that_the_command_goes_on(
     answer = medseg("predict", place / "data", "--model", place / "run", "--out", "x")
     assert answer.code == 130
     assert "Interrupted; the same command goes on from here." in answer.err
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def foreign(path: Path) -> None:
+    image = nibabel.load(path)
+    array = np.asarray(image.dataobj).copy()
+    array[0, 0, 0] = 7
+    nibabel.Nifti1Image(array, image.affine).to_filename(path)
+
+
+def shifted(path: Path) -> None:
+    image = nibabel.load(path)
+    affine = image.affine.copy()
+    affine[0, 3] += 5
+    nibabel.Nifti1Image(np.asarray(image.dataobj), affine).to_filename(path)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "truncated": ("images", cut, "(TRUNCATED)"),
+    "one bit": ("images", flip, "(CORRUPT)"),
+    "empty": ("images", lambda path: path.write_bytes(b""), "(TRUNCATED)"),
+    "truncated mask": ("masks", cut, "(TRUNCATED)"),
+    "foreign value": ("masks", foreign, "the mask holds the value(s) 7; the spec allows 0, 1, 2 (LABEL_VALUES)"),
+    "another grid": ("masks", shifted, "(LABEL_GRID)"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_case_stops_a_training_before_it_begins_and_is_named(
+    medseg: Callable[..., Answer], tmp_path: Path, tiny_dataset: Builder, fault: str
+) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=3, test=0)
+    folder, damage, words = BROKEN[fault]
+    damage(data / folder / "c1.nii.gz")
+    answer = medseg("train data --out run --steps 1 --no-track")
+    assert answer.code == 1
+    assert "1 of 3 cases cannot be used" in answer.err
+    (line,) = [line for line in answer.err.splitlines() if "case c1: " in line]
+    assert words in line
+    assert not (tmp_path / "run" / "3_plan.yaml").exists()
+    assert not list(tmp_path.rglob(".partial-*"))
+    assert medseg("check data").code == 1, "check finds what train refuses"

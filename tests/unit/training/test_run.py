@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from medseg import api
+from medseg.bundle import open_bundle
+from medseg.display import Display
 from medseg.errors import ConfigError, MedsegError, PlanError, SpecError, TrainingError
 from medseg.files import PARTIAL_PREFIX
 from medseg.planning.plan import Measured, read_plan
@@ -254,11 +257,19 @@ def test_only_test_cases_are_too_few(tmp_path: Path, tiny_dataset: Builder) -> N
         api.train(data, out=tmp_path / "run", steps=1)
 
 
-def test_a_case_without_a_mask_is_named(tmp_path: Path, tiny_dataset: Builder) -> None:
+def test_a_case_without_a_mask_is_left_out_and_that_is_said(
+    place: Path, tmp_path: Path, tiny_dataset: Builder, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tiny_dataset(tmp_path / "data", cases=3, test=0)
     (data / "masks" / "c1.nii.gz").unlink()
-    with pytest.raises(SpecError, match="case c1: it has no mask"):
-        api.train(data, out=tmp_path / "run", steps=1)
+    assert api.check(data).ok
+    api.train(data, out=tmp_path / "run", steps=1, plan=place / "plan.yaml", display=Display(Console()))
+    assert "1 training case(s) have no mask and are left out" in capsys.readouterr().out
+    assert open_bundle(tmp_path / "run").info.training["cases"] == 2
+    for name in ("c0", "c2"):
+        (data / "masks" / f"{name}.nii.gz").unlink()
+    with pytest.raises(SpecError, match="no case to learn from"):
+        api.train(data, out=tmp_path / "none", steps=1)
 
 
 # Budget and replay
