@@ -20,14 +20,12 @@ def device_name(device: torch.device) -> str:
 def precisions(device: torch.device) -> tuple[str, ...]:
     """Return the precisions that are worth measuring on a device, the plain one first."""
     if device.type == "cuda":
-        return ("fp32", "bf16") if torch.cuda.is_bf16_supported() else ("fp32", "fp16")
+        return ("fp32", "bf16") if torch.cuda.is_bf16_supported() else ("fp32",)
     return ("fp32", "bf16")
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager[object]:
-    """Return the context in which the network computes; fp16 on a processor is computed in fp32."""
+    """Return the context in which the network computes."""
     if precision == "bf16":
         return torch.autocast(device_type, torch.bfloat16)
-    if precision == "fp16" and device_type == "cuda":
-        return torch.autocast(device_type, torch.float16)
     return nullcontext()

@@ -99,7 +99,7 @@ class Plan(Config):
     weight_decay: float = Field(ge=0)
     warmup: float = Field(ge=0, lt=1)
     averaging: float = Field(ge=0, lt=1)
-    precision: Literal["bf16", "fp16", "fp32"]
+    precision: Literal["bf16", "fp32"]
     steps: int = Field(ge=1)
     validations: int = Field(ge=1)
     overlap: float = Field(ge=0, lt=1)

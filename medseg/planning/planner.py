@@ -315,12 +315,12 @@ def _prediction_seconds(sketch: Draft, step_seconds: float, *, cases: int) -> fl
 
 def _choose(
     sketch: Draft, step_seconds: Mapping[str, float], training_seconds: float | None
-) -> tuple[str, Literal["bf16", "fp16", "fp32"]]:
+) -> tuple[str, Literal["bf16", "fp32"]]:
     """Return the widest candidate that gets enough steps, and its fastest precision."""
-    best: tuple[str, Literal["bf16", "fp16", "fp32"]] | None = None
+    best: tuple[str, Literal["bf16", "fp32"]] | None = None
     for width in sketch.widths:
-        rows: dict[Literal["bf16", "fp16", "fp32"], float] = {}
-        for name in ("fp32", "bf16", "fp16"):
+        rows: dict[Literal["bf16", "fp32"], float] = {}
+        for name in ("fp32", "bf16"):
             if f"{width} {name}" in step_seconds:
                 rows[name] = step_seconds[f"{width} {name}"]
         if not rows:

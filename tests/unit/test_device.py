@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float32)]
+    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
 )
 def test_precision_on_a_processor(precision: str, expected: torch.dtype) -> None:
     with autocast("cpu", precision):
@@ -23,9 +23,9 @@ def test_the_plain_precision_is_measured_first() -> None:
     assert precisions(CPU) == ("fp32", "bf16")
 
 
-def test_a_gpu_without_bf16_gets_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    assert precisions(torch.device("cuda")) == ("fp32", "fp16")
+    assert precisions(torch.device("cuda")) == ("fp32",)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     assert precisions(torch.device("cuda")) == ("fp32", "bf16")
 
