@@ -13,7 +13,8 @@ import typer
 
 from medseg import api
 from medseg.batch.run import BatchResult
-from medseg.cli import console, main
+from medseg.cli import main
+from medseg.cli_options import console
 from medseg.display import Display
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

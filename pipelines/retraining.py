@@ -12,8 +12,10 @@ from typing import Annotated
 import typer
 
 from medseg import api
-from medseg.cli import console, main
+from medseg.cli import main
+from medseg.cli_options import console
 from medseg.display import Display
+from medseg.files import write_json
 from medseg.retraining import read_decisions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
@@ -33,10 +35,8 @@ def tick(
     """
     result = api.retrain(config, dry_run=dry_run, display=Display(console))
     if json_out is not None:
-        from medseg.files import write_json
-
         write_json(json_out, result.to_dict())
-    console.print(result.describe(), highlight=False, markup=False)
+    typer.echo(result.describe())
     raise typer.Exit(result.exit_code)
 
 

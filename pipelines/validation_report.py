@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import typer
 
 from medseg import api
-from medseg.cli import Cases, console, main
+from medseg.cli import main
+from medseg.cli_options import Cases, console
 from medseg.display import Display
 from medseg.evaluation.tracked import track_evaluation
 

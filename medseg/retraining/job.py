@@ -17,7 +17,7 @@ from medseg.retraining.rule import margin_of_each
 from medseg.retraining.settings import RetrainConfig
 from medseg.spec import Case, Dataset, Spec, load_dataset
 from medseg.studies import read_study
-from medseg.training.manifest import make_manifest, source_of
+from medseg.training.manifest import learning_cases, make_manifest, source_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,12 @@ class TickJob:
     gate: Dataset
     manifest: Mapping[str, Any]
     gate_digest: str
+
+    @property
+    def sources(self) -> set[str]:
+        """Digests of the files of the cases that teach something: those with labels."""
+        labelled = {case.id for case in learning_cases(self.dataset)}
+        return {row["source"] for row in self.manifest["train"] if row["id"] in labelled}
 
     @property
     def key(self) -> str:
@@ -92,19 +98,18 @@ def _load_gate(settings: RetrainConfig) -> Dataset:
 
 
 def count_new(job: TickJob, last: Decision | None) -> int:
-    """Return how many training cases (image and labels by content) were not there at the last decision."""
-    rows = {row["source"] for row in job.manifest["train"]}
+    """Return how many labelled training cases (by content) were not there at the last decision."""
     if last is None:
-        return len(rows)
+        return len(job.sources)
     file = _manifest_file(job, last.content["digests"]["dataset"])
     # Without it (another work folder) nothing is known of what was there: all counts as new.
     known = set(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else set()
-    return len(rows - known)
+    return len(job.sources - known)
 
 
 def keep_manifest(job: TickJob) -> None:
     """Keep the contents of this tick for the next one to compare with; digests only."""
-    write_json(_manifest_file(job, job.manifest["digest"]), sorted(row["source"] for row in job.manifest["train"]))
+    write_json(_manifest_file(job, job.manifest["digest"]), sorted(job.sources))
 
 
 def _manifest_file(job: TickJob, name: str) -> Path:

@@ -120,7 +120,7 @@ def _would_train(job: TickJob, decisions: Sequence[Decision]) -> RetrainResult:
     new = count_new(job, ticks[-1] if ticks else None)
     champion = current_aliases(job.settings.store, job.settings.name).get(CHAMPION)
     reason = (
-        f"{len(job.manifest['train'])} cases, {new} of them new; gate of {len(job.gate.cases)} cases with digest "
+        f"{len(job.sources)} cases, {new} of them new; gate of {len(job.gate.cases)} cases with digest "
         f"{job.gate_digest}; champion: {'none' if champion is None else f'version {champion}'}"
     )
     return RetrainResult("would_train", job.settings.name, former=champion, reason=reason)
@@ -260,7 +260,7 @@ def _content(
             "champion": None if champion is None else champion.digest,
         },
         "counts": {
-            "training_cases": len(job.manifest["train"]),
+            "training_cases": len(job.sources),
             "new_cases": count_new(job, ticks[-1] if ticks else None),
             "gate_cases": len(job.gate.cases),
             "gate_patients": len({case.patient for case in job.gate.cases}),

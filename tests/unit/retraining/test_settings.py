@@ -53,7 +53,7 @@ def test_digest_counts_what_is_asked_for_and_not_where_files_lie(write_job: Writ
         ({"gate": {"dataset": "gate", "cases": "train"}}, "cases"),
         ({"name": "a/b"}, "name"),
         ({"min_new_cases": 0}, "min_new_cases"),
-        ({"nmae": "x"}, "did you mean 'name'"),
+        ({"neme": "x"}, "did you mean"),
     ],
 )
 def test_what_does_not_fit_is_named(write_job: Writer, change: dict[str, Any], message: str) -> None:

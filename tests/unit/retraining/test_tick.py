@@ -162,6 +162,16 @@ def test_too_little_new_waits_and_adds_up(world: World) -> None:
     assert read_decisions(world.store)[-2].content["counts"]["new_cases"] == 2
 
 
+def test_an_image_is_new_when_its_labels_arrive(world: World) -> None:
+    world.tick(0.6)
+    world.copy("c4", "data")
+    mask = world.root / "data/masks/c4.nii.gz"
+    mask.rename(world.root / "later.nii.gz")
+    assert world.tick().reason == "0 new training case(s), 1 are needed"
+    (world.root / "later.nii.gz").rename(mask)
+    assert world.tick(0.8).outcome == "promoted"
+
+
 def test_a_corrected_label_is_new(world: World) -> None:
     world.tick(0.6)
     shutil.copyfile(world.root / "all/masks/c5.nii.gz", world.root / "data/masks/c0.nii.gz")
