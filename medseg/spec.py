@@ -70,7 +70,7 @@ class Label(Config):
     optional : a DICOM study without such a segment has none of it; else it is refused.
     """
 
-    value: int = Field(ge=0, strict=True)
+    value: int = Field(ge=0, le=2**24 - 1, strict=True)
     color: str | None = Field(default=None, pattern=r"^#[0-9a-fA-F]{6}$")
     snomed: Code | None = None
     dicom: str | None = None
@@ -125,7 +125,7 @@ class Spec(Config):
     labels: dict[str, Label]
     regions: dict[str, Region] = Field(default_factory=dict)
     overlap: Overlap = "refuse"
-    ignore: int | None = Field(default=None, ge=1)
+    ignore: int | None = Field(default=None, ge=1, le=2**24 - 1)
     patient: str | None = None
     case_ids: Literal["name", "hash"] | None = None
     splits: Splits = Splits()
