@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,8 +100,14 @@ def save_bundle(folder: Path, info: BundleInfo, weights: dict[str, dict[str, Ten
     return Bundle(folder, info)
 
 
-def _weights_writer(tensors: dict[str, Tensor]) -> Any:
-    return lambda path: safetensors.torch.save_file(tensors, path)
+def _weights_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    # Not save_file: where the disk is full it raises no OSError.
+    content = safetensors.torch.save(tensors)
+
+    def write(path: Path) -> None:
+        path.write_bytes(content)
+
+    return write
 
 
 def find_bundle(path: Path) -> Path:

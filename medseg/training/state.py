@@ -79,7 +79,13 @@ def save_state(path: Path, state: LoopState, *, job: str) -> None:
         "validations": state.validations,
     }
     metadata = {"state": json.dumps(plain), "sha256": _checksum(plain, tensors)}
-    write_atomically(path, lambda file: safetensors.torch.save_file(tensors, file, metadata=metadata))
+    # Not save_file: where the disk is full it raises no OSError.
+    content = safetensors.torch.save(tensors, metadata=metadata)
+
+    def write(file: Path) -> None:
+        file.write_bytes(content)
+
+    write_atomically(path, write)
 
 
 def _checksum(plain: dict[str, Any], tensors: StateDict) -> str:

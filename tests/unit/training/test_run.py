@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from rich.console import Console
 from medseg import api
 from medseg.bundle import open_bundle
 from medseg.display import Display
-from medseg.errors import ConfigError, MedsegError, PlanError, SpecError, TrainingError
+from medseg.errors import ConfigError, ExportError, MedsegError, PlanError, SpecError, TrainingError
 from medseg.files import PARTIAL_PREFIX
 from medseg.planning.plan import Measured, read_plan
 from medseg.training import run as run_module
@@ -410,3 +414,58 @@ def test_precision_of_the_plan_is_used(place: Path, tmp_path: Path) -> None:
 def test_an_output_folder_that_is_a_file_is_a_message(place: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("not a folder")
     refused("NOT_WRITABLE", "cannot be written", place, tmp_path / "run")
+
+
+# Full disk
+
+
+def test_a_full_disk_is_a_message_and_the_same_command_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every write of a run fails once, one after another; each time the next command goes on."""
+    out, real = tmp_path / "run", os.replace
+    failed: set[str] = set()
+    messages: list[str] = []
+    halves: list[Path] = []
+
+    def replace(source: Any, target: Any) -> None:
+        name = Path(target).relative_to(out).as_posix() if out in Path(target).parents else ""
+        if name and name not in failed:
+            failed.add(name)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for _ in range(200):
+        try:
+            train(place, out)
+            break
+        except ExportError as error:
+            messages.append(f"{error.code}: {error}")
+            halves += out.rglob(f"{PARTIAL_PREFIX}*")
+    assert all(re.match("DISK_FULL: .*nothing was left under this name", message) for message in messages)
+    assert halves == []
+    assert {"1_dataset.json", "3_plan.yaml", "5_folds/0/checkpoint/state.safetensors", "6_model/model.json"} <= failed
+    assert weights(out) == weights(place / "run")
+
+
+@pytest.mark.parametrize("kilobytes", [16, 120, 200, 280, 400, 600])
+def test_a_disk_that_is_really_full(place: Path, tmp_path: Path, kilobytes: int) -> None:
+    disk = tmp_path / "small"
+    disk.mkdir()
+
+    def mount(words: str) -> bool:
+        return subprocess.run(["mount", *words.split(), str(disk)], capture_output=True, check=False).returncode == 0
+
+    if os.geteuid() != 0 or not mount(f"-t tmpfs -o size={kilobytes}k tmpfs"):
+        pytest.skip("only root may mount a small file system")
+    try:
+        with pytest.raises(ExportError, match="cannot be written") as caught:
+            train(place, disk / "run")
+        assert caught.value.code == "DISK_FULL", caught.value
+        assert not list(disk.rglob(f"{PARTIAL_PREFIX}*"))
+        assert mount("-o remount,size=40m")
+        train(place, disk / "run")
+        assert weights(disk / "run") == weights(place / "run")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # memory maps are still open
