@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
-from medseg.readers import read_image
+from medseg.readers import read_image, reader_for
+from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.spec import Case, Spec
 from medseg.volume import Volume, align_to, grid_distance, reorient
 
@@ -35,11 +36,11 @@ def read_study(spec: Spec, case: Case) -> Study:
     Raises
     ------
     MedsegError : any reading error, CHANNEL_MISSING, CHANNEL_COUNT, CHANNEL_GRID, LABEL_GRID, LABEL_VALUES,
-        LABEL_NOT_INTEGER; the message starts with the case id.
+        LABEL_NOT_INTEGER, any refusal of DICOM labels; the message starts with the case id.
     """
     try:
         image = read_channels(spec, case.images)
-        mask = None if case.mask is None else _read_mask(spec, case.mask, image)
+        mask = None if case.mask is None else _read_mask(spec, case, case.mask, image)
     except MedsegError as error:
         raise _named(error, f"case {case.id}: {error}") from error
     return Study(case, image, mask)
@@ -96,9 +97,12 @@ def _apart(first: Volume, second: Volume) -> str:
     return f"; corresponding corners lie up to {distance:.3g} {second.unit} apart"
 
 
-def _read_mask(spec: Spec, path: Path, image: Volume) -> Volume:
+def _read_mask(spec: Spec, case: Case, path: Path, image: Volume) -> Volume:
     if not path.exists():
         raise ReadError(f"its mask ({path.name}) is missing", code="LABEL_MISSING")
+    by_name = reader_for(path).labels
+    if by_name is not None:
+        return by_name(path, LabelRequest(image, wanted_labels(spec), case.images, spec.overlap))
     stored = _first_channel(read_image(path))
     mask = align_to(stored, image)
     if mask is None:
@@ -124,6 +128,24 @@ def _read_mask(spec: Spec, path: Path, image: Volume) -> Volume:
         )
     small = np.uint8 if max(spec.values) < 256 else np.int32
     return mask.with_array(array.astype(small))
+
+
+def wanted_labels(spec: Spec) -> tuple[Wanted, ...]:
+    """Return how the labels of a spec are found among named structures (DICOM segments, ROIs)."""
+
+    def regions(name: str) -> frozenset[str]:
+        return frozenset(key for key, region in spec.regions.items() if name in region.labels)
+
+    return tuple(
+        Wanted(
+            name,
+            value,
+            expression=spec.labels[name].dicom,
+            optional=spec.labels[name].optional,
+            regions=regions(name) if spec.regions else frozenset({name}),
+        )
+        for name, value in spec.foreground.items()
+    )
 
 
 def _first_channel(volume: Volume) -> Volume:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg.errors import ReadError
+from medseg.readers.label_request import LabelReader, LabelRequest
 from medseg.readers.nifti import is_nifti, read_nifti
 from medseg.registry import Registry
 from medseg.volume import Volume
@@ -21,11 +22,14 @@ class Reader:
     can_read : path -> whether this reader is responsible for it (by name and kind, without opening it).
     read : path -> Volume; raises ReadError or GeometryError with a reason code.
     identifying : whether names on disk may identify a patient, so that case ids must be hashed.
+    labels : reads masks of this kind where they are no label map of their own but name structures; None where
+        `read` gives the label map.
     """
 
     can_read: Callable[[Path], bool]
     read: Callable[[Path], Volume]
     identifying: bool = False
+    labels: LabelReader | None = None
 
 
 def _read_dicom(path: Path) -> Volume:
@@ -34,15 +38,21 @@ def _read_dicom(path: Path) -> Volume:
     return read_series(path)
 
 
+def _read_dicom_labels(path: Path, request: LabelRequest) -> Volume:
+    from medseg.readers.dicom_labels import read_dicom_labels
+
+    return read_dicom_labels(path, request)
+
+
 def _is_dicom(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() in (".dcm", ".ima", "")
+    return path.is_dir() or path.suffix.lower() in (".dcm", ".ima", ".seg", "")
 
 
 READERS: Registry[Reader] = Registry(
     "readers",
     {
         "nifti": Reader(is_nifti, read_nifti),
-        "dicom": Reader(_is_dicom, _read_dicom, identifying=True),
+        "dicom": Reader(_is_dicom, _read_dicom, identifying=True, labels=_read_dicom_labels),
     },
 )
 

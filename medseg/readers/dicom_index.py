@@ -30,6 +30,10 @@ MULTIFRAME = (
 )
 
 
+LABELMAP_STORAGE = uid.UID("1.2.840.10008.5.1.4.1.1.66.7")
+"""Label Map Segmentation Storage (2024), which pydicom 3.0 does not know by name."""
+
+
 @dataclass(frozen=True)
 class SeriesFiles:
     """One series, or one part of a series UID that holds several; readable unless `refusal` says why not.
@@ -108,7 +112,7 @@ def scan(paths: Path | Iterable[Path]) -> Found:
     damaged: list[Path] = []
     not_dicom = 0
     with quiet():
-        for path in _files([paths] if isinstance(paths, Path) else paths):
+        for path in files_below(paths):
             try:
                 header = read_header(path)
             except PARSE_ERRORS:
@@ -141,10 +145,10 @@ def _doubt(series: SeriesFiles, damaged: Counter[Path]) -> SeriesFiles:
     return replace(series, refusal=Refusal("UNREADABLE", text))
 
 
-def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Walk to the regular files, sorted, each once."""
+def files_below(paths: Path | Iterable[Path]) -> Iterator[Path]:
+    """Walk to the regular files, sorted, each once; raise ReadError(NOT_FOUND) where a path does not exist."""
     seen: set[Path] = set()
-    for path in paths:
+    for path in [paths] if isinstance(paths, Path) else paths:
         if not path.exists():
             raise ReadError(f"{path.name}: this file or folder does not exist", code="NOT_FOUND")
         for file in sorted(_walk(path)) if path.is_dir() else [path]:
@@ -161,7 +165,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _is_image(header: Header) -> bool:
     """Tell images from objects that refer to images (SEG, RTSTRUCT, SR, presentation states, raw data)."""
     private = header.class_name == "private" and header.rows > 0
-    if not header.series_uid:
+    if not header.series_uid or header.sop_class == LABELMAP_STORAGE:
         return False
     return header.sop_class in CLASSIC + MULTIFRAME or "Image Storage" in header.class_name or private
 
