@@ -108,7 +108,7 @@ def flip(path: Path) -> None:
 
 def with_nan(path: Path) -> None:
     image = nibabel.load(path)
-    array = np.array(image.dataobj)
+    array = np.asarray(image.dataobj).copy()
     array[3, 3, 3] = np.nan
     nibabel.Nifti1Image(array, image.affine).to_filename(path)
 
