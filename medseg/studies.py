@@ -11,7 +11,7 @@ from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
 from medseg.readers import read_image, reader_for
 from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.spec import Case, Spec
-from medseg.volume import Volume, align_to, grid_distance, reorient
+from medseg.volume import Volume, align_to, grid_distance, on_one_grid, reorient
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,10 @@ def read_channels(spec: Spec, paths: tuple[Path, ...]) -> Volume:
             raise ReadError(f"the file of channel {name!r} ({path.name}) is missing", code="CHANNEL_MISSING")
     volumes = [read_image(path) for path in paths]
     if len(volumes) > 1:
-        first = volumes[0]
-        turned = [first]
-        for name, volume in zip(names[1:], volumes[1:], strict=True):
-            fitted = align_to(volume, first)
-            if fitted is None:
-                raise GeometryError(
-                    f"channel {name!r} has a grid of {_grid(volume)}, channel {names[0]!r} one of {_grid(first)}; "
-                    "bring all channels of a case to one grid",
-                    code="CHANNEL_GRID",
-                )
-            turned.append(fitted)
+        turned = on_one_grid(dict(zip(names, volumes, strict=True)))
         notes = tuple(dict.fromkeys(note for volume in turned for note in volume.notes))
         array = np.concatenate([volume.array.astype(np.float32) for volume in turned])
-        image = replace(first, array=array, notes=notes)
+        image = replace(turned[0], array=array, notes=notes)
     else:
         image = volumes[0]
     if image.array.shape[0] != len(names):
@@ -80,12 +70,6 @@ def read_channels(spec: Spec, paths: tuple[Path, ...]) -> Volume:
             code="CHANNEL_COUNT",
         )
     return image
-
-
-def _grid(volume: Volume) -> str:
-    size = "×".join(str(n) for n in volume.shape)
-    spacing = "×".join(f"{s:.4g}" for s in volume.spacing)
-    return f"{size} voxels of {spacing} {volume.unit}, axes {volume.axis_codes}"
 
 
 def _apart(first: Volume, second: Volume) -> str:
@@ -107,7 +91,7 @@ def _read_mask(spec: Spec, case: Case, path: Path, image: Volume) -> Volume:
     mask = align_to(stored, image)
     if mask is None:
         raise GeometryError(
-            f"the mask has a grid of {_grid(stored)}, the image one of {_grid(image)}{_apart(stored, image)}",
+            f"the mask has a grid of {stored.grid}, the image one of {image.grid}{_apart(stored, image)}",
             code="LABEL_GRID",
         )
     array = mask.array

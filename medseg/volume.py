@@ -7,6 +7,7 @@ door (readers), never here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -86,6 +87,14 @@ class Volume:
         unit = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
         return bool(np.abs(unit.T @ unit - np.eye(3)).max() < np.sin(np.radians(0.1)))
 
+    @property
+    def grid(self) -> str:
+        """The grid in words, for messages."""
+        size = "×".join(str(n) for n in self.shape)
+        spacing = "×".join(f"{s:.4g}" for s in self.spacing)
+        corner = ", ".join(f"{x:.4g}" for x in self.affine[:3, 3])
+        return f"{size} voxels of {spacing} {self.unit} from ({corner}), axes {self.axis_codes}"
+
     def with_array(self, array: NDArray[Any]) -> Volume:
         """Return the same geometry around another array of the same (I, J, K)."""
         if array.shape[1:] != self.shape:
@@ -149,3 +158,24 @@ def align_to(volume: Volume, reference: Volume) -> Volume | None:
     relative = np.linalg.inv(reference.affine) @ volume.affine
     turned = _turn(volume, np.asarray(orientations.io_orientation(relative)))
     return replace(turned, affine=reference.affine) if same_grid(turned, reference) else None
+
+
+def on_one_grid(volumes: Mapping[str, Volume]) -> list[Volume]:
+    """Return the volumes with the axes of the first, where all are one grid stored in any axis order.
+
+    Raises
+    ------
+    GeometryError : CHANNEL_GRID, naming the first that lies on another grid.
+    """
+    (name, first), *others = volumes.items()
+    fitted = [first]
+    for other, volume in others:
+        turned = align_to(volume, first)
+        if turned is None:
+            raise GeometryError(
+                f"channel {other!r} has a grid of {volume.grid}, channel {name!r} one of {first.grid}; "
+                "bring all channels of a case to one grid",
+                code="CHANNEL_GRID",
+            )
+        fitted.append(turned)
+    return fitted

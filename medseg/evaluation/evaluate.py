@@ -264,18 +264,11 @@ def align_prediction(prediction: Volume, reference: Volume, case_id: str) -> Vol
     aligned = align_to(prediction, reference)
     if aligned is None:
         raise GeometryError(
-            f"case {case_id}: the prediction has a grid of {_grid(prediction)}, the reference one of "
-            f"{_grid(reference)}; a prediction must lie on the grid of its image (is it another case's?)",
+            f"case {case_id}: the prediction has a grid of {prediction.grid}, the reference one of "
+            f"{reference.grid}; a prediction must lie on the grid of its image (is it another case's?)",
             code="PREDICTION_GRID",
         )
     return aligned
-
-
-def _grid(volume: Volume) -> str:
-    size = "×".join(str(n) for n in volume.shape)
-    spacing = "×".join(f"{s:.4g}" for s in volume.spacing)
-    corner = ", ".join(f"{x:.4g}" for x in volume.affine[:3, 3])
-    return f"{size} voxels of {spacing} {volume.unit} from ({corner}), axes {volume.axis_codes}"
 
 
 def _score_case(reference: Reference, case: Case, predicted: Volume | str) -> Iterator[Row]:

@@ -12,9 +12,9 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from numpy.typing import NDArray
 
-from medseg.errors import GeometryError, ReadError
+from medseg.errors import ReadError
 from medseg.readers import read_image, reader_for
-from medseg.volume import Volume, align_to
+from medseg.volume import Volume, on_one_grid
 
 Name = str | PathLike[Any]
 Names = Sequence[Name] | Name
@@ -43,18 +43,8 @@ class MedsegReader(ImageReader):
         ReadError, GeometryError : as read_image does; CHANNEL_GRID when the paths do not share one grid. LoadImage
             wraps them in a RuntimeError that quotes them, unless the reader is given when it is called.
         """
-        first, *others = (read_image(Path(name)) for name in ensure_tuple(data))
-        volumes = [first]
-        for volume in others:
-            fitted = align_to(volume, first)
-            if fitted is None:
-                raise GeometryError(
-                    f"channels on different grids: {first.shape} voxels and {volume.shape} voxels; bring all channels "
-                    "of an image to one grid",
-                    code="CHANNEL_GRID",
-                )
-            volumes.append(fitted)
-        return volumes
+        names = [Path(name) for name in ensure_tuple(data)]
+        return on_one_grid({f"{number} ({path.name})": read_image(path) for number, path in enumerate(names)})
 
     def get_data(self, img: Volume | Sequence[Volume]) -> tuple[NDArray[Any], dict[str, Any]]:
         """Return the voxels and what MONAI needs to know of them."""
