@@ -90,7 +90,8 @@ def find_inputs(
 
 def _is_input(path: Path, root: Path, out: Path | None) -> bool:
     """Tell whether a file below `root` is a NIfTI image that somebody gave us, not one of ours or half a file."""
-    if not is_nifti(path) or path.name.startswith(".") or not path.is_file():
+    dangling = path.is_symlink() and not path.exists()  # is refused later; who is left out here is forgotten
+    if not is_nifti(path) or path.name.startswith(".") or not (path.is_file() or dangling):
         return False
     if out is None:
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -108,6 +109,8 @@ class Header:
 
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+APPLE_DOUBLE = b"\x00\x05\x16\x07"
+"""Begins the file ``._NAME`` that macOS writes beside each NAME on foreign disks."""
 
 
 def known_class(sop_class: str) -> str:
@@ -128,7 +131,8 @@ def read_header(path: Path) -> Header | None:
     """Read one file's header.
 
     A file is DICOM when "DICM" stands after the preamble, or when it starts with group 2 or 8 as a bare data set does
-    and turns out to belong to a series. One that is called .dcm and is neither is damaged: a slice may be lost.
+    and turns out to belong to a series. One that is called .dcm and is neither, or is empty
+    and called as scanners call slices, is damaged: a slice may be lost.
 
     Returns
     -------
@@ -143,6 +147,10 @@ def read_header(path: Path) -> Header | None:
         head = handle.read(132)
     marked = head[128:] == b"DICM"
     bare = head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132 and head[3] == 0
+    if head.startswith(APPLE_DOUBLE) and path.name.startswith("._"):
+        return None
+    if not head and _is_slice_name(path.name):
+        raise InvalidDicomError("it is empty and has the name of a slice")
     if path.suffix.lower() in DICOM_SUFFIXES and not marked and not bare:
         raise InvalidDicomError("it is called DICOM and holds something else")
     if not marked and not bare:
@@ -153,6 +161,11 @@ def read_header(path: Path) -> Header | None:
     if marked and not belongs and "Image Storage" in (known_class(sop_class) or "Image Storage"):
         raise EOFError("the header ends before it says which series the image belongs to")
     return header_of(dataset, path, sop_class) if marked or belongs else None
+
+
+def _is_slice_name(name: str) -> bool:
+    """Tell names as scanners give them where they use no suffix: IM0009, 9, 1.2.840.9; not DONE or notes1.txt."""
+    return re.fullmatch(r"[A-Za-z_-]*\d[\w-]*(\.\d+)*", name) is not None
 
 
 def _class_of(dataset: Dataset) -> str:

@@ -47,6 +47,11 @@ def test_what_is_half_written_or_hidden_is_no_input(tmp_path: Path) -> None:
     assert ids(find_inputs([tmp_path], ONE)) == ["a"]
 
 
+def test_a_link_to_a_file_that_is_gone_is_a_study_and_not_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "unmounted" / "x.nii.gz")
+    assert ids(find_inputs([tmp_path], ONE)) == ["gone"]
+
+
 @pytest.mark.parametrize("out", ["tree/out", "tree/deep/er/out"])
 def test_masks_below_the_input_are_not_predicted_again(tmp_path: Path, out: str) -> None:
     touch(tmp_path / "tree" / "a.nii.gz", tmp_path / out / "a.nii.gz", tmp_path / out / "z.nii.gz")

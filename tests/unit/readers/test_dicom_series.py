@@ -589,6 +589,20 @@ def test_scan_walks_a_study_and_counts_the_rest(series: list[Path], tmp_path: Pa
     assert len(scan([tmp_path / "deep", tmp_path / "series", *series]).series) == 2
 
 
+def test_what_a_mac_leaves_beside_the_slices_is_no_slice(tmp_path: Path) -> None:
+    (first, *_) = write_series(phantom(), tmp_path, modality="CT")
+    first.with_name(f"._{first.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X" + bytes(4000))
+    assert parts(tmp_path) == [(8, "", "")]
+    assert scan(tmp_path).not_dicom == 1
+
+
+@pytest.mark.parametrize("name", ["IM0009", "1.2.840.9", "9"])
+def test_an_empty_file_with_the_name_of_a_slice_is_a_lost_slice(tmp_path: Path, name: str) -> None:
+    write_series(phantom(), tmp_path, modality="CT")
+    (tmp_path / name).touch()
+    assert parts(tmp_path) == [(8, "", "UNREADABLE")]
+
+
 def test_nothing_identifying_is_shown(tmp_path: Path) -> None:
     write_series(phantom(), tmp_path, modality="CT", patient_id="CANARY", description="CANARY")
     (entry,) = find_series(tmp_path)
