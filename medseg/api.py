@@ -157,13 +157,18 @@ def predict(
     mirror: bool | None = None,
     cases: Literal["test", "train", "all"] | None = None,
     splits: PathLike | None = None,
+    formats: Sequence[str] = ("nifti",),
     display: Display | None = None,
 ) -> BatchResult:
     """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
 
+    Parameters
+    ----------
+    formats : of the results, names of medseg.exporters.EXPORTERS; "seg" gives ``OUT/<id>.seg.dcm``.
+
     Raises
     ------
-    BatchError, BundleError, ExportError : nothing to do, no usable model, or OUT cannot be written.
+    ConfigError, BatchError, BundleError, ExportError : nothing to do, no usable model, or OUT cannot be written.
     """
     from medseg.batch.run import predict as run
 
@@ -177,6 +182,7 @@ def predict(
             mirror=mirror,
             choice=cases,
             splits=_path(splits),
+            formats=formats,
             progress=display.counted,
         )
 

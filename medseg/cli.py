@@ -18,6 +18,7 @@ from medseg.cli_options import (
     Budget,
     CaseChoice,
     Dataset,
+    Formats,
     Json,
     NoTrack,
     Seed,
@@ -170,13 +171,14 @@ def train(  # noqa: PLR0913 - one parameter an option
 
 
 @app.command()
-def predict(
+def predict(  # noqa: PLR0913 - one parameter an option
     inputs: Annotated[list[Path], typer.Argument(help="Files, series folders, trees of studies, or a dataset.")],
     model: Annotated[str, typer.Option(help="Run folder, bundle, or models:/NAME@ALIAS.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks; a repeated command does only what is missing.")],
     mirror: Annotated[bool | None, typer.Option(help="Average over mirrored inputs (default: as planned).")] = None,
     cases: CaseChoice = None,
     splits: Splits = None,
+    formats: Formats = None,
     track: Store = Path(),
     json: Json = False,
 ) -> None:
@@ -193,6 +195,7 @@ def predict(
         mirror=mirror,
         cases=None if cases is None else cases.value,
         splits=splits,
+        formats=formats or ("nifti",),
         display=_display(json),
     )
     if json:

@@ -31,6 +31,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Store = Annotated[Path, typer.Option(help="Folder of the MLflow store (mlflow.db); MLFLOW_TRACKING_URI comes first.")]
 NoTrack = Annotated[bool, typer.Option("--no-track", help="Do not record in MLflow.")]
 CaseChoice = Annotated[Cases | None, typer.Option(help="Cases of a dataset (default: test if there are any).")]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="nifti (default), or seg: what DICOM inputs are written as; several by commas."),
+]
 
 
 def say(text: str) -> None:

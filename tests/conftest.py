@@ -179,3 +179,77 @@ def tiny_plan() -> Callable[..., Path]:
         return file
 
     return write
+
+
+def _axes(*columns: tuple[float, float, float]) -> Array:
+    """An affine whose I, J, K step by 0.8, 1.1 and 2.5 mm along these directions (RAS+)."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(columns).T @ np.diag([0.8, 1.1, 2.5])
+    affine[:3, 3] = (12.5, -31.25, 104.0)
+    return affine
+
+
+_C, _S = np.cos(0.3), np.sin(0.3)
+_TURN = np.array([[1, 0, 0], [0, _C, -_S], [0, _S, _C]]) @ np.array([[_C, -_S, 0], [_S, _C, 0], [0, 0, 1]])
+DICOM_GRIDS = {
+    "axial": _axes((-1, 0, 0), (0, -1, 0), (0, 0, 1)),
+    "sagittal": _axes((0, -1, 0), (0, 0, -1), (1, 0, 0)),
+    "coronal": _axes((-1, 0, 0), (0, 0, -1), (0, -1, 0)),
+    "oblique": _axes(*(_TURN @ np.diag([-1.0, -1.0, 1.0])).T),
+    "feet-first": _axes((1, 0, 0), (0, -1, 0), (0, 0, -1)),
+    "negated": _axes((1, 0, 0), (0, 1, 0), (0, 0, -1)),
+}
+"""Ways to slice a patient, by name."""
+DICOM_LABELS = {
+    "liver": {"value": 1, "color": "#b5523b", "snomed": {"value": "10200004", "meaning": "Liver"}},
+    "thing_b": 7,
+    "lesion": {"value": 3, "snomed": {"value": "52988006", "meaning": "Lesion"}},
+    "absent": {"value": 4, "snomed": {"value": "78961009", "meaning": "Spleen"}},
+}
+
+
+def make_dicom_result(folder: Path, grid: str = "axial", *, labels: Any = None, **tags: Any) -> Any:
+    """Write a series into `folder` (its files get `tags`) and return the Result of a mask without any symmetry on it.
+
+    Label 1 has an L shape with a hole through some slices and an island, 7 touches it, 3 is one voxel, 4 is absent.
+    """
+    import pydicom
+
+    from medseg.exporters.result import Result
+    from medseg.phantom.dicom import write_series
+    from medseg.readers.dicom_index import find_series
+    from medseg.readers.dicom_series import read_series
+    from medseg.spec import Spec
+    from medseg.volume import Volume, align_to
+
+    array = np.zeros((1, 21, 26, 9), np.uint8)
+    array[0, 2:8, 3:20, 1:6] = 1
+    array[0, 8:15, 3:9, 1:5] = 1
+    array[0, 4:6, 6:11, 2:5] = 0
+    array[0, 17:20, 20:24, 3:5] = 1
+    array[0, 8:12, 9:14, 2:4] = 7
+    array[0, 20, 0, 8] = 3
+    image = np.random.default_rng(3).integers(0, 4000, array.shape).astype(np.float32)
+    files = write_series(Volume(image, DICOM_GRIDS[grid]), folder, modality="MR", shuffle=True)
+    for file in files if tags else ():
+        dataset = pydicom.dcmread(file)
+        for keyword, value in tags.items():
+            setattr(dataset, keyword, value)
+        dataset.save_as(file)
+    (series,) = find_series(folder)
+    mask = align_to(Volume(array, DICOM_GRIDS[grid]), read_series(series))
+    assert mask is not None
+    spec = Spec.model_validate({"name": "torso", "channels": {"mr": {}}, "labels": labels or DICOM_LABELS})
+    return Result(mask, spec, "5eed" * 16, series)
+
+
+@pytest.fixture(scope="session")
+def dicom_result() -> Callable[..., Any]:
+    """Builder of a mask on a DICOM series: ``dicom_result(folder, grid="axial", labels=None, **tags)``."""
+    return make_dicom_result
+
+
+@pytest.fixture(params=sorted(DICOM_GRIDS))
+def dicom_grid(request: pytest.FixtureRequest) -> str:
+    """Every way to slice a patient in turn."""
+    return str(request.param)

@@ -59,12 +59,19 @@ class Ledger:
         """Write an entry; with state "done" this is the commit of the study."""
         write_json(self._file(entry.id), entry.model_dump(mode="json"))
 
-    def settled(self, study: str, *, input_digest: str, model_digest: str) -> Entry | None:
-        """Return the entry if it is done or refused, from the same input and model, with intact outputs."""
+    def settled(
+        self, study: str, *, input_digest: str, model_digest: str, outputs: tuple[str, ...] = ()
+    ) -> Entry | None:
+        """Return the entry if it is done or refused, from the same input and model, with intact outputs.
+
+        `outputs` are files that it must have if it is done.
+        """
         entry = self.read(study)
         if entry is None or entry.state == "failed":
             return None
         if (entry.input_digest, entry.model_digest) != (input_digest, model_digest):
+            return None
+        if entry.state == "done" and not set(outputs) <= set(entry.outputs):
             return None
         intact = all(
             (self.out / name).is_file() and file_digest(self.out / name) == expected

@@ -17,7 +17,8 @@ from medseg.batch.inputs import Choice, StudyInput, find_inputs
 from medseg.batch.ledger import Entry, Ledger
 from medseg.bundle import BundleInfo
 from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
-from medseg.exporters.nifti import write_nifti
+from medseg.exporters import EXPORTERS, choose_formats
+from medseg.exporters.result import DICOM_ONLY, Result
 from medseg.files import file_digest, sweep, write_json, write_text
 from medseg.inference.predict import Model, load_model, predict_volume
 from medseg.readers.dicom_series import read_series
@@ -63,9 +64,10 @@ def predict(
     mirror: bool | None = None,
     choice: Choice | None = None,
     splits: Path | None = None,
+    formats: Sequence[str] = ("nifti",),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BatchResult:
-    """Segment every study below `inputs` into ``OUT/<id>.nii.gz``.
+    """Segment every study below `inputs` into ``OUT/<id>.nii.gz`` (other `formats`: other endings).
 
     Also written: OUT/ledger (how each study stands), OUT/summary.csv (states, reasons, volumes), OUT/predictions.json
     (what made them), OUT/private/linkage.csv (id -> path, for the user only). Running it again does only what is not
@@ -76,13 +78,16 @@ def predict(
     model : run folder or bundle, or a model in memory; it is loaded once.
     mirror : average over mirrored inputs; unless told, as the plan says.
     choice, splits : which cases of a dataset.
+    formats : names of EXPORTERS; formats that an earlier run wrote for a study into OUT are kept up to date.
 
     Raises
     ------
+    ConfigError : a format does not exist.
     BatchError : there is nothing to do, or two inputs share a name.
     BundleError : the model cannot be used.
     ExportError : OUT itself cannot be written (full disk); what is done stays done.
     """
+    formats = choose_formats(formats)
     loaded = model if isinstance(model, Model) else load_model(model)
     info = loaded.bundle.info
     studies = find_inputs(inputs, info.spec, choice=choice, splits=splits, out=out)
@@ -94,8 +99,9 @@ def predict(
     entries = []
     for number, study in enumerate(studies):
         source = study.digest()
-        entry = ledger.settled(study.id, input_digest=source, model_digest=_recipe(info, mirror))
-        entries.append(entry or _do(study, source, loaded, ledger, mirror))
+        names = tuple(f"{study.id}{EXPORTERS[name].suffix}" for name in formats)
+        entry = ledger.settled(study.id, input_digest=source, model_digest=_recipe(info, mirror), outputs=names)
+        entries.append(entry or _do(study, source, loaded, ledger, mirror, formats=formats))
         progress(number + 1, len(studies))
     write_text(out / "summary.csv", summary_csv(info.spec, entries))
     return BatchResult(out, tuple(entries), {study.id: study.origin for study in studies})
@@ -106,22 +112,27 @@ def _recipe(info: BundleInfo, mirror: bool | None) -> str:
     return f"{info.digest}{'+mirror' if tta else ''}"
 
 
-def _do(study: StudyInput, source: str, model: Model, ledger: Ledger, mirror: bool | None) -> Entry:
+def _do(
+    study: StudyInput, source: str, model: Model, ledger: Ledger, mirror: bool | None, *, formats: Sequence[str]
+) -> Entry:
     """Predict one study and commit the outcome, whatever it is."""
+    formats = _with_earlier(formats, study, ledger)
     ledger.attempt(study.id)
-    name = f"{study.id}.nii.gz"
     began = time.monotonic()
     entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=_recipe(model.bundle.info, mirror))
     try:
+        if study.series is None and any(EXPORTERS[name].dicom for name in formats):
+            raise ExportError(DICOM_ONLY, code="NEEDS_DICOM")
         image = _read(study, model.bundle.info.spec)
         mask = predict_volume(model, image, mirror=mirror)
-        write_nifti(ledger.out / name, mask)
+        result = Result(mask, model.bundle.info.spec, entry.model_digest, study.series)
+        outputs, notes = _write(result, formats, ledger.out, study.id)
         entry = entry.model_copy(
             update={
                 "state": "done",
-                "outputs": {name: file_digest(ledger.out / name)},
+                "outputs": outputs,
                 "volumes_ml": volumes(model.bundle.info.spec, mask),
-                "notes": image.notes,
+                "notes": (*image.notes, *notes),
             }
         )
     except MedsegError as error:
@@ -138,10 +149,29 @@ def _do(study: StudyInput, source: str, model: Model, ledger: Ledger, mirror: bo
         entry = entry.model_copy(update={"code": "INTERNAL", "message": message})
     if entry.state != "done":
         # A mask of an earlier input or model must not pass for the result of this one.
-        (ledger.out / name).unlink(missing_ok=True)
+        for _, exporter in EXPORTERS.items():
+            (ledger.out / f"{study.id}{exporter.suffix}").unlink(missing_ok=True)
     ledger.journal(study.id, {"seconds": round(time.monotonic() - began, 3)})
     ledger.write(entry)
     return entry
+
+
+def _with_earlier(formats: Sequence[str], study: StudyInput, ledger: Ledger) -> tuple[str, ...]:
+    """Return `formats` and those in which the study already stands in OUT, in the order of EXPORTERS."""
+    before = ledger.read(study.id)
+    known = {} if before is None else before.outputs
+    return tuple(n for n, row in EXPORTERS.items() if n in formats or f"{study.id}{row.suffix}" in known)
+
+
+def _write(result: Result, formats: Sequence[str], out: Path, study: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Write a result in every format; return file name -> SHA-256, and the notes of the exporters, each once."""
+    outputs: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    for name in formats:
+        file = out / f"{study}{EXPORTERS[name].suffix}"
+        notes |= dict.fromkeys(EXPORTERS[name].write(file, result))
+        outputs[file.name] = file_digest(file)
+    return outputs, tuple(notes)
 
 
 def _read(study: StudyInput, spec: Spec) -> Volume:

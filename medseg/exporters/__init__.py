@@ -1,1 +1,70 @@
-"""Results on disk: one file per format."""
+"""EXPORTERS: one row per format of a result; every file is read back before it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medseg.errors import ConfigError
+from medseg.registry import Registry
+
+if TYPE_CHECKING:
+    from medseg.exporters.result import Result
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """How a result becomes a file.
+
+    Attributes
+    ----------
+    suffix : of the file, after the id of the study.
+    write : (path, result) -> notes; raises ExportError with a reason code, and then leaves no file.
+    dicom : whether it describes a DICOM series, so that other images cannot be written so.
+    refers_to : formats that it points into, which are written too.
+    """
+
+    suffix: str
+    write: Callable[[Path, Result], tuple[str, ...]]
+    dicom: bool = False
+    refers_to: tuple[str, ...] = ()
+
+
+def _nifti(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.nifti import write_nifti
+
+    write_nifti(path, result.mask)
+    return ()
+
+
+def _seg(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.dicom_seg import write_seg
+
+    return write_seg(path, result)
+
+
+EXPORTERS: Registry[Exporter] = Registry(
+    "exporters",
+    {
+        "nifti": Exporter(".nii.gz", _nifti),
+        "seg": Exporter(".seg.dcm", _seg, dicom=True),
+    },
+)
+
+
+def choose_formats(words: Iterable[str]) -> tuple[str, ...]:
+    """Return the formats that are meant by words like "nifti,seg", with those that they refer to, each once.
+
+    Raises
+    ------
+    ConfigError : no format, or one that does not exist.
+    """
+    chosen: dict[str, None] = {}
+    for name in (part.strip() for word in words for part in word.split(",")):
+        if name:
+            chosen |= dict.fromkeys((*EXPORTERS[name].refers_to, name))
+    if not chosen:
+        raise ConfigError(f"no format is given; choose from {', '.join(EXPORTERS)}")
+    return tuple(chosen)

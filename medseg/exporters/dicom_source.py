@@ -1,0 +1,150 @@
+"""What every DICOM object made from a series shares: the source headers in order, identifiers, dates, equipment.
+
+An object is the same bytes whenever it is made from the same series by the same model: its UIDs are derived from
+theirs, and its dates are those of the images, so that sending it twice changes nothing in an archive. When it was
+really made stands in the journal of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
+from pydicom.valuerep import format_number_as_ds
+
+from medseg.errors import ExportError
+from medseg.exporters.result import Result
+from medseg.files import write_atomically
+from medseg.readers.dicom_geometry import mean_directions, series_grid
+from medseg.readers.dicom_header import quiet
+from medseg.spec import Spec
+from medseg.volume import grid_distance
+
+RESEARCH = "RESEARCH USE"
+MANUFACTURER = "medseg"
+PRIVATE_SCHEME = "99MEDSEG"
+ON_GRID_MM = 0.05
+"""How far the mask's grid may lie from that of the series: what the reader allows a slice to be off its place."""
+
+_EMPTY = (
+    "PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber "
+    "ReferringPhysicianName"
+)
+"""Demanded of every object, but may be empty (type 2): old archives leave them out altogether."""
+_DATES = ("Content", "Acquisition", "Series", "Study")
+_UNKNOWN_DATE = "19000101"
+
+Mask = NDArray[np.integer[Any]]
+
+
+def source_images(result: Result) -> list[Dataset]:
+    """Return the headers of the series, without pixels, one per slice in the order of the mask's K.
+
+    Attributes that DICOM demands but allows to be empty are added empty; a series without frame of reference gets
+    one made from its UID. The files are not touched.
+
+    Raises
+    ------
+    ExportError : NEEDS_DICOM; NOT_ON_SOURCE_GRID, the mask lies on another grid; SOURCE_CHANGED, a file of the
+        series is no longer what was read.
+    """
+    series = result.need_series()
+    headers = list({header.sop_uid: header for header in series.headers}.values())
+    grid = series_grid(headers)
+    shape = (headers[0].columns, headers[0].rows, len(headers))
+    if result.mask.shape != shape or grid_distance(shape, grid.affine, result.mask.affine) > ON_GRID_MM:
+        raise ExportError(
+            f"the mask {result.mask.shape} does not lie on the grid of its series {shape}: a DICOM object must; "
+            "write NIfTI instead",
+            code="NOT_ON_SOURCE_GRID",
+        )
+    images = []
+    directions = [format_number_as_ds(float(value)) for value in mean_directions(headers).ravel()]
+    with quiet():
+        for index in grid.order:
+            image = pydicom.dcmread(headers[index].path, stop_before_pixels=True)
+            if str(image.get("SOPInstanceUID", "")) != headers[index].sop_uid:
+                raise ExportError(
+                    f"instance {headers[index].instance} of the series has no SOPInstanceUID or has changed since it "
+                    "was read; an object cannot refer to it",
+                    code="SOURCE_CHANGED",
+                )
+            # Slices that the reader took for parallel are made exactly so: highdicom refuses the least difference.
+            image.ImageOrientationPatient = directions
+            image.PixelSpacing = list(headers[0].spacing or ())
+            images.append(_completed(image))
+    return images
+
+
+def _completed(image: Dataset) -> Dataset:
+    image.decode()
+    image.SpecificCharacterSet = "ISO_IR 192"  # some of the older sets are unknown to highdicom
+    for keyword in _EMPTY.split():
+        if keyword not in image:
+            setattr(image, keyword, None)
+    if not image.get("FrameOfReferenceUID"):
+        image.FrameOfReferenceUID = generate_uid(entropy_srcs=["frame of reference", str(image.SeriesInstanceUID)])
+    return image
+
+
+def derived_uid(result: Result, *words: str) -> str:
+    """Return a UID that depends on the instances of the series, the model and `words`, and on nothing else."""
+    series = result.need_series()
+    content = hashlib.sha256("\n".join(sorted({header.sop_uid for header in series.headers})).encode()).hexdigest()
+    return str(generate_uid(entropy_srcs=[series.uid, content, result.model, *words]))
+
+
+def description(spec: Spec) -> str:
+    """Return the text that a viewer shows for the series, at most 64 characters."""
+    return f"{RESEARCH} medseg {spec.name}"[:64]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Silence highdicom and pydicom: what they say about a value quotes it, and it may name the patient."""
+    logger = logging.getLogger("highdicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)  # its modules' loggers have no level of their own
+    try:
+        with quiet():
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def finish(dataset: Dataset, source: Dataset) -> None:
+    """Replace the clock's date by that of the images, and write all text as UTF-8.
+
+    ContentDate is demanded; a source without any date gives 1900-01-01, which nobody takes for real.
+    """
+    for item in dataset.get("ContributingEquipmentSequence", ()):
+        if "ContributionDateTime" in item:
+            del item.ContributionDateTime
+    for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
+        if keyword in dataset:
+            delattr(dataset, keyword)
+    kind = next((word for word in _DATES if source.get(f"{word}Date")), None)
+    dataset.ContentDate = dataset.SeriesDate = str(source.get(f"{kind}Date", _UNKNOWN_DATE))
+    dataset.ContentTime = dataset.SeriesTime = str(source.get(f"{kind}Time") or "000000")
+    dataset.SpecificCharacterSet = "ISO_IR 192"
+
+
+def save(path: Path, dataset: Dataset, check: Callable[[Path], None]) -> None:
+    """Write an object atomically; `check` looks at what was written before it gets its name."""
+
+    def write(dataset: Dataset, temporary: Path) -> None:
+        with silent():
+            dataset.save_as(temporary, enforce_file_format=True)
+            check(temporary)
+
+    write_atomically(path, partial(write, dataset))
