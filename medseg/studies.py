@@ -126,7 +126,7 @@ def wanted_labels(spec: Spec) -> tuple[Wanted, ...]:
             value,
             expression=spec.labels[name].dicom,
             optional=spec.labels[name].optional,
-            regions=regions(name) if spec.regions else frozenset({name}),
+            regions=regions(name),
         )
         for name, value in spec.foreground.items()
     )

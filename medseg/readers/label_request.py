@@ -22,7 +22,7 @@ class Wanted:
     expression : regular expression for the name of the structure (whole, upper and lower case alike); None: `name`
         is the name, and a file with one structure needs no name where one label is asked for.
     optional : a case without such a structure has none of it; else it is refused.
-    regions : the learning targets that the label belongs to; itself where the spec has no regions.
+    regions : the learning targets that the label belongs to; a label of no region is a target by itself.
     """
 
     name: str
@@ -30,6 +30,9 @@ class Wanted:
     expression: str | None = None
     optional: bool = False
     regions: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regions", self.regions or frozenset({self.name}))
 
 
 @dataclass(frozen=True)
