@@ -151,18 +151,27 @@ def _dicom_inputs(path: Path) -> list[StudyInput]:
 
 
 def _nifti_inputs(images: Iterable[Path], spec: Spec) -> list[StudyInput]:
-    """Return one study a file; with several channels, one a group of files ``<case>_<channel>`` of one folder."""
+    """Return one study a file; with several channels, one a group of files.
+
+    A group is ``<case>_<channel>`` in one folder, or ``<case>/<channel>``.
+    """
     tokens = [channel.file or name for name, channel in spec.channels.items()]
     if len(tokens) == 1:
         return [StudyInput(stem(path), (path,), None, path) for path in images]
     rows: dict[tuple[Path, str], StudyInput] = {}
     for path in images:
         name = stem(path)
+        ending = path.name.removeprefix(name)
         # the longest, because one name may end like another: t1 and post_t1
         token = max((t for t in tokens if name.endswith(f"_{t}")), key=len, default=None)
-        case = name if token is None else name.removesuffix(f"_{token}")
-        ending = path.name.removeprefix(name)
-        files = (path,) if token is None else tuple(path.with_name(f"{case}_{t}{ending}") for t in tokens)
+        if name in tokens:
+            case = path.absolute().parent.name
+            files = tuple(path.with_name(f"{t}{ending}") for t in tokens)
+        elif token is not None:
+            case = name.removesuffix(f"_{token}")
+            files = tuple(path.with_name(f"{case}_{t}{ending}") for t in tokens)
+        else:
+            case, files = name, (path,)
         rows.setdefault((path.parent / ending, case), StudyInput(case, files, None, path))
     return list(rows.values())
 

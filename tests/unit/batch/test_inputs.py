@@ -114,6 +114,15 @@ def test_one_channel_alone_still_counts_as_its_case(tmp_path: Path) -> None:
     assert {path.name for path in found[1].images} == {"b_t1.nii.gz", "b_post_t1.nii.gz"}
 
 
+def test_files_named_by_their_channel_alone_belong_to_the_case_that_names_their_folder(tmp_path: Path) -> None:
+    touch(*(tmp_path / case / f"{token}.nii.gz" for case in ("a", "b") for token in ("t1", "post_t1")))
+    touch(tmp_path / "c" / "post_t1.nii.gz")
+    found = find_inputs([tmp_path], TWO)
+    assert ids(found) == ["a", "b", "c"]
+    assert found[0].images == (tmp_path / "a" / "t1.nii.gz", tmp_path / "a" / "post_t1.nii.gz")
+    assert found[2].images[0] == tmp_path / "c" / "t1.nii.gz", "missing: refused when it is read"
+
+
 def test_a_file_with_all_channels_is_a_case(tmp_path: Path) -> None:
     touch(tmp_path / "whole.nii.gz")
     assert find_inputs([tmp_path], TWO)[0].images == (tmp_path / "whole.nii.gz",)
