@@ -233,7 +233,7 @@ def evaluate(
     if json:
         typer.echo((out / "summary.json").read_text(encoding="utf-8"))
     else:
-        console.print(_summary_table(result))
+        _print_scores(result)
         say(f"Per-case table: {out / 'cases.csv'}")
 
 
@@ -316,14 +316,28 @@ def _print_batch(result: Any) -> None:
     say(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}")
 
 
-def _summary_table(result: Any) -> Any:
+def _print_scores(result: Any) -> None:
+    """Print one table a metric, each narrow enough for a terminal, and who has no prediction."""
     from rich.table import Table
 
-    table = Table("label", "metric", "n", "used", "imputed", "mean", "median", "q1", "q3", "unit")
-    for row in result.summary:
-        numbers = [("" if v is None else f"{v:.3f}") for v in (row.mean, row.median, row.q1, row.q3)]
-        table.add_row(row.label, row.metric, str(row.n_total), str(row.n_used), str(row.n_imputed), *numbers, row.unit)
-    return table
+    for metric in dict.fromkeys(row.metric for row in result.summary):
+        rows = [row for row in result.summary if row.metric == metric]
+        title = f"{metric} ({rows[0].unit})" if rows[0].unit else metric
+        table = Table(box=None, title=title, title_justify="left")
+        for name in ("label", "n", "used", "imputed", "mean", "median", "q1", "q3"):
+            table.add_column(name, justify="left" if name == "label" else "right", no_wrap=name != "label")
+        for row in rows:
+            numbers = [_short(value) for value in (row.mean, row.median, row.q1, row.q3)]
+            table.add_row(row.label, str(row.n_total), str(row.n_used), str(row.n_imputed), *numbers)
+        console.print(table)
+    failed = {row.case: row.reason for row in result.rows if row.status == "imputed"}
+    if failed:
+        cases = ", ".join(f"{case} ({reason})" for case, reason in failed.items())
+        say(f"{len(failed)} case(s) without a usable prediction count with Dice 0: {cases}")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def main(application: typer.Typer = app) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medseg import api, display
+from medseg import api, cli_options, display
 from medseg.cli import main
 from medseg.planning.plan import Measured
 from medseg.training import run
@@ -192,6 +192,23 @@ def test_train_evaluate_and_report_from_the_command_line(
     answer = medseg("report --evaluation scores --out page")
     assert answer.code == 0
     assert Path(answer.out.removeprefix("Page: ").strip()).is_file()
+
+
+def test_scores_fit_a_terminal_and_name_who_has_no_prediction(
+    medseg: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_options.console, "_width", 80)
+    mask = np.zeros((20, 20, 20), np.uint8)
+    mask[5:15, 5:15, 5:15] = 1
+    for file in ("truth/a.nii.gz", "truth/b.nii.gz", "masks/a.nii.gz"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(mask, np.diag([8.0, 8, 8, 1])), tmp_path / file)
+    answer = medseg("evaluate --predictions masks --reference truth --out scores --no-track")
+    assert answer.code == 0
+    assert "…" not in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
+    assert "volume_predicted (mL)" in answer.out
+    assert "1 case(s) without a usable prediction count with Dice 0: b (PREDICTION_MISSING)" in answer.out
 
 
 def test_plan_writes_a_file_that_train_follows(
