@@ -59,17 +59,40 @@ def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
     begun = (out / "3_plan.yaml").exists()
     for name, value, what in (("1_dataset.json", manifest, "data"), ("request.json", asked, "options")):
         file = out / name
-        same = file.exists() and read_json(file) == value
-        if begun and file.exists() and not same:
+        before = read_json(file) if file.exists() else None
+        same = before == value
+        if begun and before is not None and not same:
             raise TrainingError(
-                f"{out}: this run was started with other {what}; run it with the same {what} to resume it, or choose "
-                "another --out",
+                f"{out}: this run was started with other {what} ({_differences(before, value)}); run it with the same "
+                f"{what} to resume it, or choose another --out",
                 code="RUN_DIFFERS",
             )
         if not same:
-            if what == "data" and file.exists():
+            if what == "data" and before is not None:
                 (out / "2_fingerprint.json").unlink(missing_ok=True)
             write_json(file, value)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say in a few words what two requests, or two manifests, do not share."""
+    parts = []
+    for key in sorted(set(before) | set(now)):
+        old, new = before.get(key), now.get(key)
+        if old == new or key == "digest":  # follows from the others
+            continue
+        if isinstance(old, list) and isinstance(new, list) and key in ("train", "test"):
+            changed = sorted({row["id"] for row in [*old, *new] if row not in old or row not in new})
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            parts.append(f"{key} cases {', '.join(changed[:3])}{more}")
+        elif key in ("spec", "plan", "replay"):  # digests, which tell a person nothing
+            parts.append(f"another {key}")
+        else:
+            parts.append(f"{key}: {_shown(old)} then, {_shown(new)} now")
+    return "; ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None or value == [] else json.dumps(value).strip('"')
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -225,19 +225,31 @@ class _Work:
 
     def fit_all(self, jobs: list[Job], tracker: Tracker) -> list[LoopState]:
         """Train one network after the other, sharing what is left of the budget."""
+        self._refuse_spent_budget(jobs)
         scoring = time_of_validation(jobs[0]) if self.request.budget else 0.0
         states: list[LoopState] = []
+        earlier = 0.0
         for number, job in enumerate(jobs):
             done = job.checkpoint.with_name("finished.json")
             if done.exists():
                 states.append(load_state(job.checkpoint, job=job.digest))
+                earlier += states[-1].seconds
                 continue
             left = len(jobs) - number
-            schedule = _scheduler(self, job, scoring, left)
+            schedule = _scheduler(self, job, scoring, left, earlier)
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
             states.append(fit(job, schedule, watch=_Watch(self.display, tracker, job, number, len(jobs))))
             write_json(done, {"steps": states[-1].step})
         return states
+
+    def _refuse_spent_budget(self, jobs: list[Job]) -> None:
+        """Raise if nothing was learnt yet and the time is over: one step would not make a model."""
+        spent = time.monotonic() - self.began
+        if self.request.budget and spent >= self.request.budget and not any(job.checkpoint.exists() for job in jobs):
+            raise TrainingError(
+                f"the budget of {clock(self.request.budget)} was over before the first step: reading, measuring and "
+                f"preparing took {clock(spent)} on this machine; give a larger --budget and another --out"
+            )
 
 
 def _the_fold(folds: list[Fold], number: int) -> Fold:
@@ -246,10 +258,11 @@ def _the_fold(folds: list[Fold], number: int) -> Fold:
     return folds[number]
 
 
-def _scheduler(work: _Work, job: Job, scoring: float, left: int) -> Any:
+def _scheduler(work: _Work, job: Job, scoring: float, left: int, earlier: float) -> Any:
     """Return state -> Schedule: as recorded (replay), by the clock (budget) or by steps.
 
-    `scoring` is the expected time of one validation, `left` the number of networks still to be trained.
+    `scoring` is the expected time of one validation, `left` the number of networks still to be trained, `earlier` the
+    time that earlier processes of this run spent on networks that are finished.
     """
     plan, request = job.plan, work.request
 
@@ -259,8 +272,8 @@ def _scheduler(work: _Work, job: Job, scoring: float, left: int) -> Any:
             return ByRecord(record.factors, [row["step"] - 1 for row in record.validations])
         if request.budget is None:
             return BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
-        # a resumed command has used state.seconds before it began: they count as if they had been spent now
-        elapsed = time.monotonic() - work.began
+        # what a resumed command used before it was killed counts as if it had been spent now
+        elapsed = time.monotonic() - work.began + earlier
         remaining = request.budget - elapsed - state.seconds - FINISH_SECONDS
         return ByClock(
             max(0.0, remaining) / left + state.seconds,

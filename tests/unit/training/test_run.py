@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,25 @@ def refused(code: str, words: str, *args: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"steps": 5}, {"seed": 1}, {"settings": ("batch_size=3",)}, {"folds": 2}, {"steps": None, "budget": "1m"}],
+    ("options", "words"),
+    [
+        ({"steps": 5}, "steps: 4 then, 5 now"),
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"settings": ("batch_size=3",)}, r'settings: none then, \["batch_size=3"\] now'),
+        ({"folds": 2}, "folds: none then, 2 now"),
+        ({"steps": None, "budget": "1m"}, r"budget: none then, 60.0 now; steps: 4 then, none now"),
+    ],
 )
-def test_other_options_are_refused(place: Path, options: dict[str, Any]) -> None:
+def test_other_options_are_refused_and_named(place: Path, options: dict[str, Any], words: str) -> None:
     before = tree(place / "run")
-    refused("RUN_DIFFERS", "started with other options", place, place / "run", **options)
+    refused("RUN_DIFFERS", rf"started with other options \({words}\)", place, place / "run", **options)
     assert tree(place / "run") == before
 
 
 def test_another_plan_under_the_same_name_is_refused(place: Path, tmp_path: Path) -> None:
     other = tmp_path / "plan.yaml"
     other.write_text((place / "plan.yaml").read_text().replace("learning_rate: 0.0", "learning_rate: 0.01"))
-    refused("RUN_DIFFERS", "other options", place, place / "run", plan=other)
+    refused("RUN_DIFFERS", r"other options \(another plan\)", place, place / "run", plan=other)
 
 
 def test_the_same_plan_under_another_name_resumes(place: Path, tmp_path: Path) -> None:
@@ -165,7 +172,7 @@ def test_other_data_are_refused(place: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(place / "data", data)
     shutil.copyfile(data / "images" / "c1.nii.gz", data / "images" / "c0.nii.gz")
-    with pytest.raises(TrainingError, match="other data") as caught:
+    with pytest.raises(TrainingError, match=r"other data \(train cases c0\)") as caught:
         api.train(data, out=place / "run", steps=4, plan=place / "plan.yaml")
     assert caught.value.code == "RUN_DIFFERS"
 
@@ -291,6 +298,15 @@ def test_a_budget_run_is_repeated_bit_for_bit(place: Path, tmp_path: Path, no_me
     again = load_state_of(tmp_path / "replay")
     assert again.factors == state.factors
     assert again.losses == state.losses
+
+
+def test_a_budget_that_reading_and_preparing_use_up_is_refused_and_not_overrun(
+    place: Path, tmp_path: Path, no_measuring: None
+) -> None:
+    began = time.monotonic() - 5
+    with pytest.raises(TrainingError, match=r"the budget of 0:01 was over before the first step: .* took 0:\d\d"):
+        api.train(place / "data", out=tmp_path / "run", budget="1s", settings=QUICK, began=began)
+    assert not (tmp_path / "run" / "6_model").exists()
 
 
 def load_state_of(run: Path, fold: int = 0) -> Any:
