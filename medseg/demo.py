@@ -22,7 +22,7 @@ from medseg.phantom.baseline import threshold_baseline
 from medseg.phantom.dataset import write_dataset
 from medseg.spec import load_dataset
 
-STEPS = 350
+STEPS = 550
 """Training steps: by steps and not by the clock, so that the demo repeats itself to the last bit."""
 PICTURES = 3
 
