@@ -67,19 +67,27 @@ def summary(result: CheckResult) -> str:
 def terminal(result: CheckResult) -> RenderableType:
     """Return the findings as a rich table (one row per code) with the answer below."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("severity", no_wrap=True)
-    table.add_column("code", no_wrap=True)
-    table.add_column("cases", overflow="fold", max_width=24)
+    table.add_column("finding", overflow="fold", max_width=24)
     table.add_column("what was found, and what to do", overflow="fold")
     for group in grouped(result.findings):
         cases = group.cases
         shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
+        kind = Text(f"{group.severity} ", style=_STYLES[group.severity])
+        kind.append(f"\n{group.code}\n{shown or 'all'}", style="default")
         # Text, because brackets in a message are no markup.
-        message = Text(group.findings[0].message)
+        message = Text(_example(group.findings))
         message.append(f"\n{group.advice}" if group.advice else "", style="dim")
-        table.add_row(Text(group.severity, style=_STYLES[group.severity]), group.code, Text(shown or "all"), message)
+        table.add_row(kind, message)
     parts: list[RenderableType] = [table] if result.findings else []
     return Group(*parts, Text(summary(result), style="bold green" if result.ok else "bold red"))
+
+
+def _example(findings: Sequence[Finding]) -> str:
+    """Return the message of the first finding, and whose it is where the others' differ."""
+    first = findings[0]
+    if first.case is None or len({finding.message for finding in findings}) == 1:
+        return first.message
+    return f"{first.case}: {first.message.removeprefix(f'case {first.case}: ')} (the others: --json or the page)"
 
 
 def page_html(result: CheckResult, pictures: Mapping[str, Sequence[Slice]]) -> str:

@@ -445,6 +445,14 @@ def test_the_terminal_table_has_one_row_per_code_and_keeps_brackets(folder: Fold
     assert "NOT fit to learn from" in text
 
 
+def test_one_row_for_different_messages_says_whose_it_shows(folder: Folder) -> None:
+    folder.image(CASES[1]).write_bytes(folder.image(CASES[1]).read_bytes()[:-20])
+    folder.image(CASES[2]).write_bytes(b"")
+    text = " ".join(console(folder.check()).split())
+    assert f"{CASES[1]}: " in text
+    assert "(the others: --json or the" in text
+
+
 def test_nothing_tells_where_the_data_lie(folder: Folder, tmp_path: Path) -> None:
     for name in ("TRUNCATED", "LABEL_GRID", "CORRUPT"):
         FAULTS[name](folder)
