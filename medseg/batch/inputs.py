@@ -93,12 +93,13 @@ def _is_input(path: Path, root: Path, out: Path | None) -> bool:
     dangling = path.is_symlink() and not path.exists()  # is refused later; who is left out here is forgotten
     if not is_nifti(path) or path.name.startswith(".") or not (path.is_file() or dangling):
         return False
+    # A mask of this or an earlier run, for example of another model, into a folder below the input.
+    if (path.parent / "ledger" / f"{stem(path)}.json").exists():
+        return False
     if out is None:
         return True
     place, found = out.resolve(), path.resolve()
-    if root.resolve() in place.parents and place in found.parents:
-        return False
-    return not (found.parent == place and (place / "ledger" / f"{stem(path)}.json").exists())
+    return not (root.resolve() in place.parents and place in found.parents)
 
 
 def _is_dataset(path: Path) -> bool:

@@ -58,6 +58,12 @@ def test_masks_below_the_input_are_not_predicted_again(tmp_path: Path, out: str)
     assert ids(find_inputs([tmp_path / "tree"], ONE, out=tmp_path / out)) == ["a"]
 
 
+def test_masks_of_an_earlier_run_into_another_folder_are_no_images(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("a.nii.gz", "masks/a.nii.gz", "masks/ledger/a.json")))
+    found = find_inputs([tmp_path], ONE, out=tmp_path / "other")
+    assert [study.origin for study in found] == [tmp_path / "a.nii.gz"]
+
+
 def test_an_output_folder_above_the_input_hides_nothing(tmp_path: Path) -> None:
     touch(tmp_path / "tree" / "a.nii.gz")
     assert ids(find_inputs([tmp_path / "tree"], ONE, out=tmp_path)) == ["a"]
