@@ -15,6 +15,7 @@ from medseg import api
 from medseg.cli import main
 from medseg.cli_options import console
 from medseg.display import Display
+from medseg.errors import ConfigError
 from medseg.files import write_json
 from medseg.retraining import read_decisions
 
@@ -48,6 +49,8 @@ def decisions(
 
     Example: python -m pipelines.retraining decisions store
     """
+    if not store.is_dir():
+        raise ConfigError(f"{store}: this folder does not exist", code="NOT_FOUND")
     for decision in read_decisions(store):
         typer.echo(json.dumps({"sha256": decision.sha256, **decision.content}, sort_keys=True))
 

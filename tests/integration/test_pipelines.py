@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from medseg import cli
+from medseg.errors import ConfigError
 from medseg.planning.plan import Measured
 from medseg.retraining import read_decisions, tick
 from medseg.retraining.promotion import current_aliases
@@ -122,6 +123,7 @@ def test_retraining_through_a_crash_a_promotion_a_worse_model_and_a_rollback(
 
     assert invoke(cli.app, "models", "rollback", "organs", "--track", hospital.store).exit_code == 0
     assert hospital.aliases == {"champion": 1, "challenger": 3}
+    assert isinstance(invoke(retraining.app, "decisions", hospital.root / "typo").exception, ConfigError)
     shown = invoke(retraining.app, "decisions", hospital.store)
     events = [json.loads(line)["event"] for line in shown.output.splitlines()]
     assert [e for e in events if e != "aliases_moved"] == ["tick", "tick", "tick", "rollback"]
