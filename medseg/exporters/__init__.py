@@ -45,11 +45,18 @@ def _seg(path: Path, result: Result) -> tuple[str, ...]:
     return write_seg(path, result)
 
 
+def _rtstruct(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.dicom_rtstruct import write_rtstruct
+
+    return write_rtstruct(path, result)
+
+
 EXPORTERS: Registry[Exporter] = Registry(
     "exporters",
     {
         "nifti": Exporter(".nii.gz", _nifti),
         "seg": Exporter(".seg.dcm", _seg, dicom=True),
+        "rtstruct": Exporter(".rtstruct.dcm", _rtstruct, dicom=True),
     },
 )
 

@@ -122,20 +122,22 @@ def silent() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def finish(dataset: Dataset, source: Dataset) -> None:
-    """Replace the clock's date by that of the images, and write all text as UTF-8.
+def source_date(source: Dataset) -> tuple[str, str]:
+    """Return date and time of the images; without any 1900-01-01, which nobody takes for real: some must be given."""
+    kind = next((word for word in _DATES if source.get(f"{word}Date")), None)
+    return str(source.get(f"{kind}Date", _UNKNOWN_DATE)), str(source.get(f"{kind}Time") or "000000")
 
-    ContentDate is demanded; a source without any date gives 1900-01-01, which nobody takes for real.
-    """
+
+def finish(dataset: Dataset, source: Dataset) -> None:
+    """Replace the clock's date by that of the images, and write all text as UTF-8."""
     for item in dataset.get("ContributingEquipmentSequence", ()):
         if "ContributionDateTime" in item:
             del item.ContributionDateTime
     for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
         if keyword in dataset:
             delattr(dataset, keyword)
-    kind = next((word for word in _DATES if source.get(f"{word}Date")), None)
-    dataset.ContentDate = dataset.SeriesDate = str(source.get(f"{kind}Date", _UNKNOWN_DATE))
-    dataset.ContentTime = dataset.SeriesTime = str(source.get(f"{kind}Time") or "000000")
+    dataset.ContentDate, dataset.ContentTime = date, time = source_date(source)
+    dataset.SeriesDate, dataset.SeriesTime = date, time
     dataset.SpecificCharacterSet = "ISO_IR 192"
 
 

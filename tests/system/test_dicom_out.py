@@ -9,7 +9,9 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pytest
 
+from medseg.exporters.dicom_rtstruct import write_rtstruct
 from medseg.exporters.dicom_seg import write_seg
 
 Build = Callable[..., Any]
@@ -44,3 +46,30 @@ def test_dcmqi_sees_the_same_voxels(run: Run, dicom_result: Build, dicom_grid: s
         theirs = nibabel.load(tmp_path / "out" / f"{number}.nii.gz")
         found = places(np.asarray(theirs.dataobj) > 0, theirs.affine)
         assert found == places(result.mask.array[0] == value, result.mask.affine)
+
+
+def test_validator_finds_no_error_in_a_structure_set(
+    run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path
+) -> None:
+    write_rtstruct(tmp_path / "x.rtstruct.dcm", dicom_result(tmp_path / "in", dicom_grid))
+    assert errors(run("dciodvfy", tmp_path / "x.rtstruct.dcm", allowed=(0, 1))) == []
+
+
+# Plastimatch stacks contours by their z, whatever the images are: sagittal and coronal ones it cannot read. The unit
+# tests fill those by matplotlib.
+@pytest.mark.parametrize("grid", ["axial", "oblique", "feet-first", "negated"])
+def test_plastimatch_fills_the_same_voxels(run: Run, dicom_result: Build, grid: str, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in", grid)
+    write_rtstruct(tmp_path / "x.rtstruct.dcm", result)
+    files = ("--input", tmp_path / "x.rtstruct.dcm", "--referenced-ct", tmp_path / "in")
+    run("plastimatch", "convert", *files, "--output-prefix", tmp_path / "out", "--prefix-format", "nii.gz")
+    for name, value in result.spec.foreground.items():
+        wanted = result.mask.array[0] == value
+        if not wanted.any():
+            continue
+        theirs = nibabel.load(tmp_path / "out" / f"{name}.nii.gz")
+        marked = np.asarray(theirs.dataobj) > 0
+        found, expected = places(marked, theirs.affine), places(wanted, result.mask.affine)
+        assert 2 * len(found & expected) / (len(found) + len(expected)) >= 0.98, name
+        offset = np.mean(list(found), axis=0) - np.mean(list(expected), axis=0)
+        assert np.linalg.norm(offset) <= min(result.mask.spacing) / 2

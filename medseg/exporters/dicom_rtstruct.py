@@ -1,0 +1,203 @@
+"""Masks as DICOM RT Structure Sets (closed planar contours), read back before they count.
+
+Contours follow the edges of the voxels, and holes are joined to their outline by a channel of no width (keyhole), so
+that every reader fills the voxels of the mask: no centre lies on a contour, and no rule for holes is needed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sr.coding import Code
+from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage
+from pydicom.valuerep import format_number_as_ds
+
+from medseg.exporters.dicom_codes import property_codes, uncoded
+from medseg.exporters.dicom_source import (
+    MANUFACTURER,
+    RESEARCH,
+    derived_uid,
+    description,
+    save,
+    source_date,
+    source_images,
+)
+from medseg.exporters.outlines import filled, outlines
+from medseg.exporters.result import Result, read_back_error
+from medseg.spec import Label
+from medseg.volume import Volume
+
+SERIES_NUMBER = 9002
+LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
+OFF_PLANE = 0.01
+"""How far a point may lie off its slice when it is read back, in slices: decimal strings are rounded."""
+_FROM_SOURCE = (
+    "StudyInstanceUID StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName StudyDescription "
+    "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex"
+)
+
+
+def write_rtstruct(path: Path, result: Result) -> tuple[str, ...]:
+    """Write a label map as an RT Structure Set with one ROI a label of the spec; absent labels have no contour.
+
+    Returns
+    -------
+    tuple of str
+        Notes: PRIVATE_CODE where a label has no code in the spec.
+
+    Raises
+    ------
+    ExportError : NEEDS_DICOM, NOT_ON_SOURCE_GRID, SOURCE_CHANGED, READ_BACK (the contours, filled, give another
+        mask), or it cannot be written.
+    """
+    images = source_images(result)
+    dataset = build_rtstruct(result, images)
+    save(path, dataset, partial(check_rtstruct, name=path.name, result=result))
+    return ("PRIVATE_CODE",) * uncoded(result.spec)
+
+
+def build_rtstruct(result: Result, images: list[Dataset]) -> Dataset:
+    """Return the object in memory; `images` are the source headers in the order of the mask's K."""
+    source = images[0]
+    date, time = source_date(source)
+    frame = str(source.FrameOfReferenceUID)
+    dataset = _item(
+        SpecificCharacterSet="ISO_IR 192",
+        **{word: source.get(word) for word in _FROM_SOURCE.split() if word in source},
+        SOPClassUID=RTStructureSetStorage,
+        SOPInstanceUID=derived_uid(result, "RTSTRUCT", "instance"),
+        SeriesInstanceUID=derived_uid(result, "RTSTRUCT", "series"),
+        Modality="RTSTRUCT",
+        SeriesNumber=SERIES_NUMBER,
+        SeriesDescription=description(result.spec),
+        SeriesDate=date,
+        SeriesTime=time,
+        OperatorsName=None,
+        Manufacturer=MANUFACTURER,
+        ManufacturerModelName=result.spec.name[:64],
+        SoftwareVersions=version("medseg"),
+        DeviceSerialNumber=result.model[:64],
+        InstanceNumber=1,
+        FrameOfReferenceUID=frame,
+        PositionReferenceIndicator=None,
+        StructureSetLabel=RESEARCH,
+        StructureSetDescription=f"{RESEARCH} ONLY, not reviewed by a person; model {result.model}",
+        StructureSetDate=date,
+        StructureSetTime=time,
+        ApprovalStatus="UNAPPROVED",
+        ReferencedFrameOfReferenceSequence=[_reference(images, frame)],
+        StructureSetROISequence=[],
+        ROIContourSequence=[],
+        RTROIObservationsSequence=[],
+    )
+    for number, name in enumerate(result.spec.foreground, start=1):
+        dataset.StructureSetROISequence.append(
+            _item(
+                ROINumber=number,
+                ReferencedFrameOfReferenceUID=frame,
+                ROIName=name[:64],
+                ROIGenerationAlgorithm="AUTOMATIC",
+                ROIGenerationDescription=f"medseg {version('medseg')}",
+            )
+        )
+        dataset.ROIContourSequence.append(_contours(result.mask, result.spec.labels[name], number, images))
+        dataset.RTROIObservationsSequence.append(_observation(number, property_codes(result.spec, name)[1]))
+    dataset.file_meta = FileMetaDataset()
+    # In explicit syntaxes a contour may not have more than 64 KiB.
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    return dataset
+
+
+def _item(**values: Any) -> Dataset:
+    item = Dataset()
+    for keyword, value in values.items():
+        setattr(item, keyword, value)
+    return item
+
+
+def _image(source: Dataset) -> Dataset:
+    return _item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
+
+
+def _reference(images: list[Dataset], frame: str) -> Dataset:
+    series = _item(
+        SeriesInstanceUID=images[0].SeriesInstanceUID, ContourImageSequence=[_image(image) for image in images]
+    )
+    study = _item(
+        ReferencedSOPClassUID="1.2.840.10008.3.1.2.3.1",  # Detached Study Management (retired), as PS3.3 C.8.8.5 says
+        ReferencedSOPInstanceUID=images[0].StudyInstanceUID,
+        RTReferencedSeriesSequence=[series],
+    )
+    return _item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])
+
+
+def _observation(number: int, code: Code) -> Dataset:
+    concept = _item(CodeValue=code.value, CodingSchemeDesignator=code.scheme_designator, CodeMeaning=code.meaning)
+    return _item(
+        ObservationNumber=number,
+        ReferencedROINumber=number,
+        RTROIIdentificationCodeSequence=[concept],
+        RTROIInterpretedType=None,
+        ROIInterpreter=None,
+    )
+
+
+def _contours(mask: Volume, label: Label, number: int, images: list[Dataset]) -> Dataset:
+    """Return the contours of one label, slice by slice."""
+    roi = _item(ReferencedROINumber=number)
+    if label.color is not None:
+        roi.ROIDisplayColor = list(bytes.fromhex(label.color[1:]))
+    rows = []
+    for k, image in enumerate(images):
+        for polygon in outlines(mask.array[0, :, :, k] == label.value):
+            index = np.c_[polygon, np.full(len(polygon), k)]
+            points = (index @ mask.affine[:3, :3].T + mask.affine[:3, 3]) * LPS_TO_RAS
+            rows.append(
+                _item(
+                    ContourImageSequence=[_image(image)],
+                    ContourGeometricType="CLOSED_PLANAR",
+                    NumberOfContourPoints=len(points),
+                    ContourData=[format_number_as_ds(round(float(value), 5) + 0.0) for value in points.ravel()],
+                )
+            )
+    if rows:
+        roi.ContourSequence = rows
+    return roi
+
+
+def check_rtstruct(path: Path, *, name: str, result: Result) -> None:
+    """Fill the contours of a file and compare with the mask: every voxel of every label.
+
+    Equal voxels on one grid have equal centroids; that the grid is the source's has been checked before.
+
+    Raises
+    ------
+    ExportError : READ_BACK.
+    """
+    dataset = pydicom.dcmread(path)
+    values = list(result.spec.foreground.values())
+    to_index = np.linalg.inv(result.mask.affine)
+    for roi in dataset.ROIContourSequence:
+        polygons: dict[int, list[Any]] = {}
+        for contour in roi.get("ContourSequence", ()):
+            points = np.array(contour.ContourData, np.float64).reshape(-1, 3) * LPS_TO_RAS
+            index = points @ to_index[:3, :3].T + to_index[:3, 3]
+            k = round(float(index[0, 2]))
+            if np.abs(index[:, 2] - k).max() > OFF_PLANE:
+                raise read_back_error(name, f"a contour lies off slice {k + 1}")
+            polygons.setdefault(k, []).append(index[:, :2])
+        wanted = result.mask.array[0] == values[int(roi.ReferencedROINumber) - 1]
+        for k in range(result.mask.shape[2]):
+            found = filled(polygons.pop(k, []), result.mask.shape[:2])
+            if not np.array_equal(found, wanted[:, :, k]):
+                raise read_back_error(name, f"{np.count_nonzero(found ^ wanted[:, :, k])} voxels of slice {k + 1}")
+        if polygons:
+            raise read_back_error(name, "contours outside of the image")
+    if len(dataset.ROIContourSequence) != len(values):
+        raise read_back_error(name, f"{len(dataset.ROIContourSequence)} structures")
