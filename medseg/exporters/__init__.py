@@ -51,12 +51,19 @@ def _rtstruct(path: Path, result: Result) -> tuple[str, ...]:
     return write_rtstruct(path, result)
 
 
+def _sr(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.dicom_sr import write_sr
+
+    return write_sr(path, result)
+
+
 EXPORTERS: Registry[Exporter] = Registry(
     "exporters",
     {
         "nifti": Exporter(".nii.gz", _nifti),
         "seg": Exporter(".seg.dcm", _seg, dicom=True),
         "rtstruct": Exporter(".rtstruct.dcm", _rtstruct, dicom=True),
+        "sr": Exporter(".sr.dcm", _sr, dicom=True, refers_to=("seg",)),
     },
 )
 

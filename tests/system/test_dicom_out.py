@@ -13,6 +13,7 @@ import pytest
 
 from medseg.exporters.dicom_rtstruct import write_rtstruct
 from medseg.exporters.dicom_seg import write_seg
+from medseg.exporters.dicom_sr import write_sr
 
 Build = Callable[..., Any]
 Run = Callable[..., str]
@@ -73,3 +74,14 @@ def test_plastimatch_fills_the_same_voxels(run: Run, dicom_result: Build, grid: 
         assert 2 * len(found & expected) / (len(found) + len(expected)) >= 0.98, name
         offset = np.mean(list(found), axis=0) - np.mean(list(expected), axis=0)
         assert np.linalg.norm(offset) <= min(result.mask.spacing) / 2
+
+
+def test_a_report_is_valid_and_dcmqi_reads_its_volumes(run: Run, dicom_result: Build, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in", "oblique")
+    write_sr(tmp_path / "x.sr.dcm", result)
+    assert errors(run("dciodvfy", tmp_path / "x.sr.dcm", allowed=(0, 1))) == []
+    run("tid1500reader", "--inputDICOM", tmp_path / "x.sr.dcm", "--outputMetadata", tmp_path / "x.json")
+    rows = json.loads((tmp_path / "x.json").read_text())["Measurements"]
+    found = [float(row["measurementItems"][0]["value"]) for row in rows]
+    voxels = [int((result.mask.array == value).sum()) for value in (1, 7, 3)]
+    assert found == [round(count * result.mask.voxel_volume / 1000, 4) for count in voxels]

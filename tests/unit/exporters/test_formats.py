@@ -15,6 +15,7 @@ from medseg.exporters import EXPORTERS, choose_formats
         (["nifti,seg"], ("nifti", "seg")),
         (["seg", "nifti", "seg"], ("seg", "nifti")),
         ([" nifti , seg,"], ("nifti", "seg")),
+        (["sr"], ("seg", "sr")),
     ],
 )
 def test_words(words: list[str], expected: tuple[str, ...]) -> None:
