@@ -27,6 +27,7 @@ NEAREST = 0.25
 GRAIN = 256
 """Vertices are rounded to 1/256 voxel, so that the last digits of a text do not decide about centres on a line."""
 CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+OPEN = ("OPEN_PLANAR", "OPEN_NONPLANAR")
 
 Points = NDArray[np.float64]
 
@@ -78,7 +79,7 @@ def _encloses(contour: Dataset) -> bool:
     if kind == "POINT":
         return False
     if kind not in CLOSED:
-        raise refuse_labels("CONTOUR_TYPE", f"a contour is {kind or 'of no kind'}")
+        raise refuse_labels("CONTOUR_TYPE", f"a contour is {kind if kind in OPEN else 'of no known kind'}")
     if any(float(value) for value in contour.get("ContourOffsetVector") or []):
         raise refuse_labels("CONTOUR_TYPE", "a contour is moved by a ContourOffsetVector")
     return True

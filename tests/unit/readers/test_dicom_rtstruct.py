@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
@@ -269,6 +269,7 @@ COORDINATE = st.integers(-300, 3300).map(lambda n: n / 128)
 POLYGON = st.lists(st.tuples(COORDINATE, COORDINATE), min_size=3, max_size=7)
 
 
+@settings(deadline=None)
 @given(POLYGON, st.tuples(COORDINATE, COORDINATE))
 def test_cutting_a_polygon_gives_parts_that_make_up_the_whole(
     polygon: list[tuple[float, float]], point: tuple[float, float]
@@ -280,6 +281,7 @@ def test_cutting_a_polygon_gives_parts_that_make_up_the_whole(
     assert_array_equal(whole, np.sum([fill([t], (24, 23)) for t in triangles], axis=0) % 2 == 1)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(COORDINATE, COORDINATE), min_size=3, max_size=6), st.integers(0, 2**16))
 def test_filling_agrees_with_angles(polygon: list[tuple[float, float]], seed: int) -> None:
     """Moved by a little that keeps every centre off the lines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLSLossless, RLELossl
 
 from medseg.errors import MedsegError
 from medseg.readers.dicom_index import scan
+from medseg.readers.dicom_label_parts import LABEL_REFUSALS
 from medseg.readers.dicom_labels import read_dicom_labels
 from medseg.readers.dicom_series import read_series
 from medseg.readers.label_request import LabelRequest, Wanted
@@ -369,3 +371,27 @@ def test_an_empty_segment_is_noted(make_series: Series, structure: Structure, tm
     mask = read(write_seg(tmp_path / "seg.dcm", files, array), image)
     assert_array_equal(mask.array[0], structure(0))
     assert "SEGMENT_EMPTY" in mask.notes
+
+
+def test_every_code_and_note_is_documented(repository: Path) -> None:
+    page = (repository / "docs/reference/reason-codes.md").read_text(encoding="utf-8")
+    section = page.partition("## Labels from DICOM: refusals")[2].partition("## Evaluation")[0]
+    rows = {line.split("`")[1]: line for line in section.splitlines() if line.startswith("| `")}
+    for code, kind in LABEL_REFUSALS.items():
+        assert f"| {kind.error.__name__} |" in rows[code]
+    listed = (read_dicom_labels.__doc__ or "").partition("notes: ")[2].partition("Raises")[0]
+    assert set(rows) - set(LABEL_REFUSALS) == set(re.findall(r"[A-Z_]{5,}", listed))
+
+
+def test_what_the_compression_or_the_numbers_say_never_shows(
+    make_series: Series, structure: Structure, tmp_path: Path
+) -> None:
+    """Texts that may identify a patient stay out of messages and notes."""
+    image, files = make_series()
+    path = write_seg(tmp_path / "seg.dcm", files, both(structure))
+
+    def plant(dataset: Any) -> None:
+        for word in ("PatientName", "PatientID", "SeriesDescription", "ContentDescription", "SegmentationType"):
+            setattr(dataset, word, "CANARY")
+
+    assert "CANARY" not in refused("UNREADABLE", edit(path, plant), image)
