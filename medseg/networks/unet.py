@@ -53,7 +53,7 @@ class UNet(nn.Module):
 
     Raises
     ------
-    ValueError : fewer than two stages, or rows that do not fit each other.
+    ValueError : fewer than two stages, rows that do not fit each other, sizes below 1, even kernels.
     """
 
     def __init__(
@@ -77,6 +77,9 @@ class UNet(nn.Module):
             raise ValueError(
                 f"at least two stages are needed, and {spatial_dims} numbers in each of {strides} and {kernels}"
             )
+        sizes = [*features, convolutions, *(number for row in (*strides, *kernels) for number in row)]
+        if min(sizes) < 1 or any(number % 2 == 0 for row in kernels for number in row):
+            raise ValueError("features, strides, kernels and convolutions are 1 or more, and kernels are odd")
         self.divisor = tuple(math.prod(row[axis] for row in strides) for axis in range(spatial_dims))
         one = (1,) * spatial_dims
         steps = [one, *[tuple(s) for s in strides]]

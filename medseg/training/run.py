@@ -185,6 +185,11 @@ class _Work:
         if self.request.epochs is not None:
             plan = plan.model_copy(update={"steps": self._steps_of_epochs(plan, self.request.epochs)})
         # Before the plan is kept: a name that no table holds must not become part of the run.
+        if list(plan.normalisation) != list(self.dataset.spec.channels):
+            raise PlanError(
+                f"the plan normalises the channels {', '.join(plan.normalisation)}, the dataset has "
+                f"{', '.join(self.dataset.spec.channels)}; name them in this order"
+            )
         make_network(self.dataset.spec, plan)
         LOSSES[plan.loss]
         write_plan(file, plan, reasons)

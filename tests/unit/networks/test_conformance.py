@@ -129,6 +129,10 @@ def test_input_is_padded_at_its_end_only() -> None:
         {"strides": [[2, 2], [2, 2]]},
         {"kernels": [[3, 3]] * 3},
         {"featurs": [4, 6, 8]},
+        {"features": [4, 6, 0]},
+        {"strides": [[0, 2, 2], [2, 2, 2]]},
+        {"kernels": [[3, 3, 3], [3, 3, 2], [3, 3, 3]]},
+        {"convolutions": 0},
     ],
 )
 def test_options_that_do_not_fit_are_named(wrong: dict[str, Any]) -> None:

@@ -262,6 +262,15 @@ def test_one_case_is_too_few(place: Path, tmp_path: Path, tiny_dataset: Builder)
         api.train(data, out=tmp_path / "run", steps=1, plan=place / "plan.yaml")
 
 
+def test_a_plan_of_other_channels_is_refused(place: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((place / "plan.yaml").read_text())
+    content["normalisation"] = {f"other_{name}": row for name, row in content["normalisation"].items()}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(PlanError, match=r"normalises the channels other_\w+, the dataset has \w+; name them in this"):
+        api.train(place / "data", out=tmp_path / "run", steps=1, plan=tmp_path / "plan.yaml")
+    assert not (tmp_path / "run" / "3_plan.yaml").exists()
+
+
 def test_only_test_cases_are_too_few(tmp_path: Path, tiny_dataset: Builder) -> None:
     data = tiny_dataset(tmp_path / "data", cases=2, test=2)
     with pytest.raises(MedsegError, match="no case to learn from"):
