@@ -43,4 +43,4 @@ if [ ${#missing[@]} -gt 0 ]; then
   "${as_root[@]}" apt-get install -qq -y --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-"$python" -m pip --disable-pip-version-check install -qq dcmqi dcm2niix
+"$python" -m pip --disable-pip-version-check install -qq dcmqi dcm2niix psycopg2-binary

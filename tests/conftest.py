@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,3 +261,156 @@ def dicom_result() -> Callable[..., Any]:
 def dicom_grid(request: pytest.FixtureRequest) -> str:
     """Every way to slice a patient in turn."""
     return str(request.param)
+
+
+MLFLOW_START_SECONDS = 120
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def run_mlflow_server(store: str, artifacts: Path, port: int) -> Iterator[str]:
+    """Run a server over the database `store` (a URI) until the block ends; it then dies without a word."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", store, "--artifacts-destination", str(artifacts)]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # four more processes that nothing here needs
+    log = artifacts.with_suffix(f".{port}.log")
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True, cwd=artifacts.parent
+        )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + MLFLOW_START_SECONDS
+        while not _answers(f"{uri}/health"):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield uri
+    finally:
+        _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers: they are one process group of their own."""
+    try:
+        os.killpg(process.pid, 9)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait(10)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _ask(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+def _look(uri: str, run_id: str) -> dict[str, Any]:
+    """Collect what the browser would show of a run and of the registry."""
+    api = f"{uri}/api/2.0/mlflow"
+    run = _ask(f"{api}/runs/get?run_id={run_id}")["run"]
+    history = _ask(f"{api}/metrics/get-history?run_id={run_id}&metric_key=dice/anterior")["metrics"]
+    table = _ask(f"{uri}/get-artifact?path=test_dice.json&run_uuid={run_id}")
+    alias = _ask(f"{api}/registered-models/alias?name=hippocampus&alias=champion")["model_version"]
+    return {
+        "status": run["info"]["status"],
+        "params": {p["key"]: p["value"] for p in run["data"]["params"]},
+        "tables": json.loads({t["key"]: t["value"] for t in run["data"]["tags"]}["mlflow.loggedArtifacts"]),
+        "tags": {t["key"] for t in run["data"]["tags"]},
+        "datasets": [(d["dataset"]["name"], d["tags"][0]["value"]) for d in run["inputs"]["dataset_inputs"]],
+        "history": [(m["step"], m["value"]) for m in history],
+        "table": table,
+        "artifacts": {f["path"].split("-")[0] for f in _ask(f"{api}/artifacts/list?run_id={run_id}")["files"]},
+        "champion": (int(alias["version"]), alias["run_id"] == run_id),
+    }
+
+
+EXPECTED_RUN = {
+    "status": "FINISHED",
+    "params": {"plan.patch": "[64, 64, 64]"},
+    "tables": [{"path": "test_dice.json", "type": "table"}],
+    "tags": {
+        "medseg.run", "mlflow.runName", "mlflow.loggedArtifacts", "medseg.dataset.training",
+    },
+    "datasets": [("hippocampus", "training")],
+    "history": [(0, 0.0), (1, 0.5), (2, 1.0)],
+    "table": {"columns": ["case", "dice"], "data": [["case_1", 0.5]]},
+    "artifacts": {"plots", "plan.yaml", "test_dice.json", "model"},
+    "champion": (1, True),
+}  # fmt: skip
+
+
+def _first_half(run: Any) -> None:
+    run.params({"plan": {"patch": [64, 64, 64]}})
+    run.dataset("hippocampus", "ab" * 32, "training")
+    run.metrics({"dice/anterior": 0.0}, step=0)
+
+
+def _second_half(run: Any, folder: Path) -> None:
+    for epoch in (1, 2):
+        run.metrics({"dice/anterior": epoch / 2}, step=epoch)
+    run.table("test_dice", [{"case": "case_1", "dice": 0.5}])
+    run.text("patch", "plan.yaml")
+    picture = folder / "curves.png"
+    picture.write_bytes(b"\x89PNG")
+    run.artifact(picture, "plots")
+    run.register("hippocampus", _bundle(folder), alias="champion", tags={"dice": 0.5})
+    run.finish()
+
+
+def _bundle(folder: Path) -> Path:
+    place = folder / "6_model"
+    place.mkdir(exist_ok=True)
+    (place / "plan.yaml").write_text("patch")
+    (place / "weights.safetensors").write_bytes(bytes(5000))
+    return place
+
+
+def _begin(folder: Path, **options: Any) -> Any:
+    from medseg import tracking
+
+    return tracking.start(folder, experiment="hippocampus", run_name="seed 1", **options)
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Find a port of this machine on which nothing listens."""
+    return _free_port
+
+
+@pytest.fixture(scope="session")
+def mlflow_server() -> Callable[..., AbstractContextManager[str]]:
+    """Run a real ``mlflow server``: ``with mlflow_server(database_uri, artifacts, port) as uri``."""
+    return run_mlflow_server
+
+
+@pytest.fixture(scope="session")
+def tracked() -> SimpleNamespace:
+    """A tracked run in two halves, and how a server shows it.
+
+    ``begin(folder)``, ``first_half(run)``, ``second_half(run, folder)``; ``look(uri, run_id)`` gives ``expected``.
+    """
+    return SimpleNamespace(
+        begin=_begin,
+        first_half=_first_half,
+        second_half=_second_half,
+        bundle=_bundle,
+        look=_look,
+        expected=EXPECTED_RUN,
+    )
