@@ -49,6 +49,7 @@ def browser(program: Callable[[str], str], tmp_path: Path) -> Browser:
 
     def view(path: Path, *, width: int = WIDE) -> Seen:
         shot = tmp_path / "shot.png"
+        shot.unlink(missing_ok=True)
         switches = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
         switches += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
         switches += ["--enable-logging=stderr", "--v=0", "--allow-file-access-from-files"]
