@@ -124,6 +124,7 @@ def _do(
         if study.series is None and any(EXPORTERS[name].dicom for name in formats):
             raise ExportError(DICOM_ONLY, code="NEEDS_DICOM")
         image = _read(study, model.bundle.info.spec)
+        refuse_constant(image, model.bundle.info.spec)
         mask = predict_volume(model, image, mirror=mirror)
         result = Result(mask, model.bundle.info.spec, entry.model_digest, study.series)
         outputs, notes = _write(result, formats, ledger.out, study.id)
@@ -178,6 +179,17 @@ def _read(study: StudyInput, spec: Spec) -> Volume:
     if study.series is not None:
         return read_series(study.series)
     return read_channels(spec, study.images)
+
+
+def refuse_constant(image: Volume, spec: Spec) -> None:
+    """Raise ReadError(CONSTANT_IMAGE) for a channel with one value everywhere: a network sees organs even there."""
+    for name, channel in zip(spec.channels, image.array, strict=False):
+        if channel.min() == channel.max():
+            raise ReadError(
+                f"channel {name!r} holds {channel.flat[0]:g} everywhere: there is nothing to segment; "
+                "export the study again",
+                code="CONSTANT_IMAGE",
+            )
 
 
 def volumes(spec: Spec, mask: Volume) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from medseg.bundle import MODEL_FILE, Bundle, make_network, open_bundle
 from medseg.device import best_device
 from medseg.display import Display, clock
-from medseg.errors import PlanError, TrainingError
+from medseg.errors import ConfigError, PlanError, TrainingError
 from medseg.files import sweep, write_json
 from medseg.losses import LOSSES
 from medseg.planning.fingerprint import Fingerprint, take_fingerprint
@@ -87,10 +88,13 @@ def train(
 
     Raises
     ------
+    ConfigError : the model name is not one that the registry takes.
     SpecError, TrainingError, PlanError : the data, the request or the run folder do not fit; the message says what.
     """
     began = time.monotonic() if began is None else began
     display = display or Display(None)
+    if re.search(r"[/:]", model_name or ""):
+        raise ConfigError(f"--name {model_name}: the registry allows neither / nor : in the name of a model")
     dataset = load_dataset(dataset_path, splits=splits)
     refuse_leaks(dataset.cases)
     cases = learning_cases(dataset)

@@ -87,11 +87,7 @@ def test_no_file_is_too_long() -> None:
 
 
 def test_no_function_is_too_long() -> None:
-    lengths = {
-        f"{name_of(path)}::{node.name}": length(node)
-        for path in PRODUCT
-        for node in functions(path)
-    }
+    lengths = {f"{name_of(path)}::{node.name}": length(node) for path in PRODUCT for node in functions(path)}
     assert {name: n for name, n in lengths.items() if n > FUNCTION_LINES and name not in LONGER} == {}
 
 

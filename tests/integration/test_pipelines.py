@@ -123,7 +123,8 @@ def test_retraining_through_a_crash_a_promotion_a_worse_model_and_a_rollback(
 
     assert invoke(cli.app, "models", "rollback", "organs", "--track", hospital.store).exit_code == 0
     assert hospital.aliases == {"champion": 1, "challenger": 3}
-    assert isinstance(invoke(retraining.app, "decisions", hospital.root / "typo").exception, ConfigError)
+    with pytest.raises(ConfigError, match="typo: this folder does not exist"):
+        invoke(retraining.app, "decisions", hospital.root / "typo")
     shown = invoke(retraining.app, "decisions", hospital.store)
     events = [json.loads(line)["event"] for line in shown.output.splitlines()]
     assert [e for e in events if e != "aliases_moved"] == ["tick", "tick", "tick", "rollback"]

@@ -19,9 +19,7 @@ STATISTICS = ChannelStatistics(low=-100, median=40, high=300, mean=50, deviation
 def make_spec() -> Callable[..., Spec]:
     """``make_spec(labels={...}, channels=[...], **rest)``."""
 
-    def make(
-        labels: dict[str, int] | None = None, channels: tuple[str, ...] = ("t1",), **rest: Any
-    ) -> Spec:
+    def make(labels: dict[str, int] | None = None, channels: tuple[str, ...] = ("t1",), **rest: Any) -> Spec:
         rows = {name: {"modality": "MR"} for name in channels}
         return Spec.model_validate({"name": "toy", "channels": rows, "labels": labels or {"organ": 1}, **rest})
 

@@ -10,9 +10,7 @@ from medseg.device import autocast, best_device, device_name, precisions
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_on_a_processor(precision: str, expected: torch.dtype) -> None:
     with autocast("cpu", precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected

@@ -81,9 +81,7 @@ def test_formats_come_and_stay(loaded: Model, tree: Path, tmp_path: Path) -> Non
     assert file.read_bytes() == content, "the same series and model give the same bytes"
 
 
-def test_a_study_is_not_half_done(
-    loaded: Model, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_is_not_half_done(loaded: Model, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tree / "c0.nii.gz").unlink()
 
     def fails(*args: Any, **options: Any) -> None:

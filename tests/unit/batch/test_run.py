@@ -119,6 +119,11 @@ def two_channels(path: Path) -> None:
     nibabel.Nifti1Image(array, image.affine).to_filename(path)
 
 
+def constant(path: Path) -> None:
+    image = nibabel.load(path)
+    nibabel.Nifti1Image(np.full(image.shape, 7, np.uint8), image.affine).to_filename(path)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], set[str]]] = {
     "cut": (cut, {"TRUNCATED"}),
     "cut inside": (cut_inside, {"TRUNCATED"}),
@@ -127,6 +132,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], set[str]]] = {
     "text": (lambda path: path.write_text("no image"), {"TRUNCATED", "UNREADABLE"}),
     "NaN": (with_nan, {"NON_FINITE"}),
     "channels": (two_channels, {"CHANNEL_COUNT"}),
+    "constant": (constant, {"CONSTANT_IMAGE"}),
 }
 
 

@@ -33,9 +33,7 @@ def test_volumes_and_references(dicom_result: Build, tmp_path: Path) -> None:
     assert seg_uid(result) in text
 
 
-def test_a_wrong_volume_is_never_left(
-    dicom_result: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_volume_is_never_left(dicom_result: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = dicom_sr.build_sr
 
     def damaged(*args: Any) -> pydicom.Dataset:

@@ -129,9 +129,7 @@ ALONE: dict[str, tuple[int, tuple[str, ...]]] = {
 def test_segments_are_where_highdicom_finds_them(objects: Path, name: str) -> None:
     count, notes = ALONE[name]
     segmentation = highdicom.seg.segread(objects / name)
-    volume = segmentation.get_volume(
-        combine_segments=False, allow_missing_positions=True, rescale_fractional=False
-    )
+    volume = segmentation.get_volume(combine_segments=False, allow_missing_positions=True, rescale_fractional=False)
     # highdicom's axes are slices, rows, columns in LPS.
     affine = np.diag([-1.0, -1, 1, 1]) @ np.asarray(volume.affine)[:, [2, 1, 0, 3]]
     segments = np.asarray(volume.array).transpose(2, 1, 0, 3)
@@ -181,9 +179,7 @@ def test_refused(objects: Path, image: Callable[[str], tuple[Volume, tuple[Path,
     assert caught.value.code == code
 
 
-def test_contours_of_rt_utils(
-    objects: Path, image: Callable[[str], tuple[Volume, tuple[Path, ...]]]
-) -> None:
+def test_contours_of_rt_utils(objects: Path, image: Callable[[str], tuple[Volume, tuple[Path, ...]]]) -> None:
     """A square with a hole of eight corners."""
     volume, paths = image("rt")
     mask = read_dicom_labels(objects / RT / "mock_data/rt.dcm", LabelRequest(volume, (Wanted("x", 1),), paths))
@@ -217,5 +213,3 @@ def test_sarcoma_contours_are_the_publisher_masks(data: Path, half: str, monkeyp
         different = int(np.count_nonzero(study.mask.array != theirs.array))
         assert different == DIFFERENT.get(case.id, 0), case.id
         assert study.mask.notes == ("MATCHED_BY_POSITION",)
-
-

@@ -87,9 +87,7 @@ def test_a_keyhole_is_a_hole(make_series: Series, structures: Writer, tmp_path: 
     assert_array_equal(mask.array[0], stack(image, {4: [OUTER, HOLE]}))
 
 
-def test_contours_may_lie_along_any_axis_of_the_image(
-    make_series: Series, structures: Writer, tmp_path: Path
-) -> None:
+def test_contours_may_lie_along_any_axis_of_the_image(make_series: Series, structures: Writer, tmp_path: Path) -> None:
     """Drawn on sagittal planes of an axial image; contours of half a gap would be off for the axial planes."""
     image, _ = make_series()
     flat = [(2.3, 1.2), (12.4, 1.4), (6.3, 7.2)]
@@ -216,9 +214,7 @@ def test_contours_that_enclose_nothing(make_series: Series, structures: Writer, 
         assert not mask.array.any()
         assert "SEGMENT_EMPTY" in mask.notes
     for kind in ("OPEN_PLANAR", "OPEN_NONPLANAR", ""):
-        refused(
-            "CONTOUR_TYPE", structures(tmp_path / "rt.dcm", image, {"GTV": [on(3, OUTER)]}, kind=kind), image
-        )
+        refused("CONTOUR_TYPE", structures(tmp_path / "rt.dcm", image, {"GTV": [on(3, OUTER)]}, kind=kind), image)
 
 
 def first_contour(dataset: Any) -> Any:

@@ -494,3 +494,9 @@ def test_a_disk_that_is_really_full(place: Path, tmp_path: Path, kilobytes: int)
         assert weights(disk / "run") == weights(place / "run")
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # memory maps are still open
+
+
+def test_a_name_that_the_registry_does_not_take_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither / nor :"):
+        api.train(tmp_path / "data", out=tmp_path / "run", steps=1, model_name="a/b")
+    assert not (tmp_path / "run").exists()
