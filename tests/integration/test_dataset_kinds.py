@@ -204,8 +204,12 @@ def test_cases_without_any_label_do_no_harm(tmp_path: Path, tiny_dataset: Builde
     journey(data, tmp_path, steps=4)
 
 
-def test_constant_images_do_no_harm(tmp_path: Path, tiny_dataset: Builder, tiny: Any) -> None:
+def test_constant_images_stop_no_training_and_are_refused_when_predicting(
+    tmp_path: Path, tiny_dataset: Builder, tiny: Any
+) -> None:
     data = tiny_dataset(tmp_path / "data", cases=6, test=2)
     for number in (1, 5):
         tiny.save(data / "images" / f"c{number}.nii.gz", np.full(tiny.shape, number - 1, np.float32))
-    journey(data, tmp_path, steps=3)
+    api.train(data, out=tmp_path / "run", steps=3, settings=SETTINGS)
+    result = api.predict(data, model=tmp_path / "run", out=tmp_path / "masks")
+    assert {entry.id: entry.code for entry in result.entries} == {"c4": "", "c5": "CONSTANT_IMAGE"}
