@@ -290,8 +290,8 @@ def _reasons(plan: Plan, width: str, seconds: float, predict: float) -> dict[str
         "loss": "Dice for the overlap that is scored, cross-entropy for gradients everywhere.",
         "foreground_share": "At least this share of a batch holds a label, so that small ones are seen.",
         "optimizer": "Reaches in tens of passes what plain gradient descent needs hundreds for.",
-        "learning_rate": "Full rate; it rises over the warm-up and falls to zero at the end. Twice as much learnt "
-        "less in 200 steps, less than half of it too (docs/decisions/0003).",
+        "learning_rate": "Full rate; it rises over the warm-up and falls to zero at the end. 2e-3 learnt less in 300 "
+        "steps than this in 200 (one seed, docs/decisions/0003).",
         "weight_decay": "AdamW's usual value.",
         "warmup": "Share of the training; without it the first steps of AdamW are too large.",
         "averaging": "The weights that predict are a running average over about 3 % of the steps.",
