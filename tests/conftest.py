@@ -225,7 +225,7 @@ def make_dicom_result(folder: Path, grid: str = "axial", *, labels: Any = None, 
 
     from medseg.exporters.result import Result
     from medseg.phantom.dicom import write_series
-    from medseg.readers.dicom_index import find_series
+    from medseg.readers.dicom_scan import find_series
     from medseg.readers.dicom_series import read_series
     from medseg.spec import Spec
     from medseg.volume import Volume, align_to

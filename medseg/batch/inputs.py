@@ -11,7 +11,8 @@ from medseg.errors import BatchError
 from medseg.files import digest
 from medseg.preparation.cache import source_digest
 from medseg.privacy import keyed_id
-from medseg.readers.dicom_index import SeriesFiles, scan
+from medseg.readers.dicom_index import SeriesFiles
+from medseg.readers.dicom_scan import scan
 from medseg.readers.nifti import is_nifti, stem
 from medseg.spec import Case, Spec, load_dataset
 

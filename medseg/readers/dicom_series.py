@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from medseg.readers.dicom_geometry import series_grid
 from medseg.readers.dicom_header import Header, quiet
-from medseg.readers.dicom_index import Found, SeriesFiles, scan
+from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_pixels import read_pixels
 from medseg.readers.dicom_refusals import refuse
+from medseg.readers.dicom_scan import Found, scan
 from medseg.volume import Volume
 
 MAX_BYTES = 4 * 2**30

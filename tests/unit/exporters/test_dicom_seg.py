@@ -180,7 +180,7 @@ def test_slices_that_jitter_within_what_the_reader_allows(dicom_result: Build, t
         ]
         dataset.ImagePositionPatient = [float(x) + rng.uniform(-1, 1) * 5e-3 for x in dataset.ImagePositionPatient]
         dataset.save_as(file)
-    from medseg.readers.dicom_index import find_series
+    from medseg.readers.dicom_scan import find_series
     from medseg.readers.dicom_series import read_series
 
     (series,) = find_series(tmp_path / "in")
@@ -191,7 +191,7 @@ def test_slices_that_jitter_within_what_the_reader_allows(dicom_result: Build, t
 
 
 def test_duplicate_files_count_once(dicom_result: Build, tmp_path: Path) -> None:
-    from medseg.readers.dicom_index import find_series
+    from medseg.readers.dicom_scan import find_series
 
     result = dicom_result(tmp_path / "in")
     file = result.series.files[2]

@@ -16,9 +16,9 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
 
 from medseg.errors import MedsegError
-from medseg.readers.dicom_index import scan
 from medseg.readers.dicom_label_parts import LABEL_REFUSALS
 from medseg.readers.dicom_labels import read_dicom_labels
+from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_series import read_series
 from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.volume import Volume, reorient

@@ -29,8 +29,8 @@ from pydicom.uid import (
 
 from medseg.errors import GeometryError, MedsegError, ReadError
 from medseg.phantom.dicom import write_series
-from medseg.readers.dicom_index import find_series, scan
 from medseg.readers.dicom_refusals import REFUSALS
+from medseg.readers.dicom_scan import find_series, scan
 from medseg.readers.dicom_series import read_series
 from medseg.volume import Volume, align_to, grid_distance
 
