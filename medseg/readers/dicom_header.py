@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID
+
+from medseg.readers.dicom_tags import CHUNKS, read_tags, wanted_tags
 
 PARSE_ERRORS = (
     ArithmeticError,
@@ -61,6 +64,7 @@ KEYWORDS = (
     *("PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"),
 )
 TAGS: list[Any] = [*dict.fromkeys([*KEYWORDS, *TELLING])]
+WANTED = wanted_tags(TAGS)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ APPLE_DOUBLE = b"\x00\x05\x16\x07"
 """Begins the file ``._NAME`` that macOS writes beside each NAME on foreign disks."""
 
 
+@cache
 def known_class(sop_class: str) -> str:
     """Return the standard's name of a storage class, "" when it has none (private or damaged)."""
     name = str(UID(sop_class, validation_mode=pydicom.config.IGNORE).name)
@@ -143,10 +148,11 @@ def read_header(path: Path) -> Header | None:
     ------
     PARSE_ERRORS : it is DICOM but damaged; call inside `quiet`.
     """
-    with open(path, "rb") as handle:
-        head = handle.read(132)
-    marked = head[128:] == b"DICM"
-    bare = head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) == 132 and head[3] == 0
+    with open(path, "rb", buffering=0) as handle:
+        head = handle.read(CHUNKS[0])
+        tags = read_tags(handle, head, WANTED) if head[128:132] == b"DICM" else None
+    marked = head[128:132] == b"DICM"
+    bare = head[:2] in (b"\x02\x00", b"\x08\x00") and len(head) >= 132 and head[3] == 0
     if head.startswith(APPLE_DOUBLE) and path.name.startswith("._"):
         return None
     if not head and _is_slice_name(path.name):
@@ -155,7 +161,8 @@ def read_header(path: Path) -> Header | None:
         raise InvalidDicomError("it is called DICOM and holds something else")
     if not marked and not bare:
         return None
-    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+    # Both answer `get`, `in` and `file_meta`.
+    dataset: Any = tags or pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
     sop_class = _class_of(dataset)
     belongs = bool(dataset.get("SeriesInstanceUID")) and bool(sop_class)
     if marked and not belongs and "Image Storage" in (known_class(sop_class) or "Image Storage"):
