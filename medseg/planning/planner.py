@@ -30,6 +30,8 @@ WIDTHS: dict[str, tuple[int, ...]] = {
     "wide": (32, 64, 128, 256, 320, 320),
 }
 """Channels by stage. With 8 at full resolution a label was sometimes never learnt (hippocampus, seed 0)."""
+DEFAULT_NETWORK = "unet"
+"""Unless another is asked for."""
 ENOUGH_STEPS = {"narrow": 0, "wide": 20_000}
 """Steps that a width must get within the budget to be worth its price."""
 ENOUGH_PASSES = 10
@@ -69,7 +71,7 @@ class Draft:
             "strides": [list(s) for s in self.strides],
             "kernels": [list(k) for k in self.kernels],
         }
-        return NetworkPlan(name="unet", options=options)
+        return NetworkPlan(name=DEFAULT_NETWORK, options=options)
 
 
 def draft(

@@ -178,6 +178,9 @@ class Learner:
         pairs = zip(self.average.parameters(), self.network.parameters(), strict=True)
         for average, current in pairs:
             average.lerp_(current, 1 - decay)
+        # Running statistics of batch norm are averages already.
+        for average, current in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            average.copy_(current)
 
     def validate(self) -> None:
         """Score the running average on the validation cases, on the prepared grid and without mirroring."""

@@ -27,12 +27,12 @@ from medseg.files import sweep, write_json
 from medseg.losses import LOSSES
 from medseg.planning.fingerprint import Fingerprint, take_fingerprint
 from medseg.planning.plan import Plan, override, read_plan, write_plan
-from medseg.planning.planner import decide, draft, needed_coarseness
+from medseg.planning.planner import DEFAULT_NETWORK, decide, draft, needed_coarseness
 from medseg.preparation.cache import CaseCache, prepare_cases
 from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import Case, Dataset, load_dataset
 from medseg.tracking import Tracker, start
-from medseg.training.calibrate import measure
+from medseg.training.calibrate import as_network, measure
 from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
 from medseg.training.folds import Fold, make_folds, refuse_leaks
 from medseg.training.loop import Job, fit
@@ -351,15 +351,20 @@ def make_plan(
     spec = dataset.spec
     folds = 1 if request.fold is not None else (request.folds or 1)
     learning = request.budget * 0.9 / folds if request.budget else None
-    dimensions, settings = _forced_dimensions(request.settings)
-    sketch = draft(spec, fingerprint, device=device.type, dimensions=dimensions)
+    dimensions, settings = _forced(request.settings, "dimensions")
+    if dimensions not in (None, "2", "3"):
+        raise PlanError(f"--set dimensions={dimensions}: 2 or 3 are allowed")
+    named, settings = _forced(settings, "network.name")
+    network = request.network or named or DEFAULT_NETWORK
+    forced: Any = None if dimensions is None else int(dimensions)
+    sketch = draft(spec, fingerprint, device=device.type, dimensions=forced)
     longest = max(5.0, CALIBRATION_SHARE * request.budget) if request.budget else 20.0
-    measured = measure(spec, sketch, device, longest=longest)
+    measured = measure(spec, sketch, device, longest=longest, network=network)
     if learning is not None:
         factor = needed_coarseness(sketch, min(measured.step_seconds.values()), learning)
         if factor > 1.05:
-            sketch = draft(spec, fingerprint, device=device.type, coarser=factor, dimensions=dimensions)
-            measured = measure(spec, sketch, device, longest=longest)
+            sketch = draft(spec, fingerprint, device=device.type, coarser=factor, dimensions=forced)
+            measured = measure(spec, sketch, device, longest=longest, network=network)
     steps = request.steps
     if steps is None and request.epochs is not None:
         steps = max(1, request.epochs * fingerprint.cases // sketch.batch_size)
@@ -373,18 +378,16 @@ def make_plan(
         steps=steps,
         seed=request.seed,
     )
-    if request.network:
-        settings = (*settings, f"network.name={request.network}")
+    plan = plan.model_copy(update={"network": as_network(network, plan.network)})
     return override(plan, settings), reasons
 
 
-def _forced_dimensions(settings: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    """Take ``dimensions=2`` out of the settings: patch, strides and orientation follow from it."""
-    chosen = [s.partition("=")[2].strip() for s in settings if s.partition("=")[0].strip() == "dimensions"]
-    rest = tuple(s for s in settings if s.partition("=")[0].strip() != "dimensions")
-    if chosen and chosen[-1] not in ("2", "3"):
-        raise PlanError(f"--set dimensions={chosen[-1]}: 2 or 3 are allowed")
-    return (int(chosen[-1]) if chosen else None), rest
+def _forced(settings: tuple[str, ...], key: str) -> tuple[str | None, tuple[str, ...]]:
+    """Take ``KEY=VALUE`` out of the settings: what the planner decides depends on it."""
+    rows = [setting.partition("=") for setting in settings]
+    chosen = [value.strip() for name, _, value in rows if name.strip() == key]
+    rest = tuple(setting for setting, row in zip(settings, rows, strict=True) if row[0].strip() != key)
+    return (chosen[-1] if chosen else None), rest
 
 
 def process_start() -> float:

@@ -10,19 +10,37 @@ import torch
 from torch import nn
 
 from medseg.errors import ConfigError
-from medseg.networks import NETWORKS, build_network
+from medseg.networks import NETWORKS, build_network, planned_options
+from medseg.networks.classic import ClassicUNet
+from medseg.networks.fcn import bilinear_upsampling
 from medseg.networks.unet import UNet
 
 ISOTROPIC = {"features": [4, 6, 8], "strides": [[2, 2, 2], [2, 2, 2]], "kernels": [[3, 3, 3]] * 3}
 FLAT = {"features": [4, 6, 8], "strides": [[2, 2, 1], [2, 2, 2]], "kernels": [[3, 3, 1], [3, 3, 3], [3, 3, 3]]}
 PLANE = {"features": [4, 6], "strides": [[2, 2]], "kernels": [[3, 3]] * 2, "convolutions": 1}
-OPTIONS: dict[str, list[tuple[int, dict[str, Any]]]] = {"unet": [(3, ISOTROPIC), (3, FLAT), (2, PLANE)]}
-"""Name -> (spatial_dims, options) to test it with; a row that is not listed is built without options."""
+DEEP_PLANE = {"features": [4, 6, 8], "strides": [[2, 2], [2, 2]], "kernels": [[3, 3]] * 3}
+STAGES = [(3, ISOTROPIC), (3, FLAT), (2, DEEP_PLANE)]
+"""What a planner decides: the stages of a U-Net."""
+OPTIONS: dict[str, list[tuple[int, dict[str, Any]]]] = {
+    "unet": [(3, ISOTROPIC), (3, FLAT), (2, PLANE), (2, {**DEEP_PLANE, "convolutions": [1, 2, 3], "bias": True})],
+    "resunet": [(3, {**FLAT, "convolutions": [1, 2, 2]}), (2, {**DEEP_PLANE, "decoder_convolutions": 2})],
+    "dynunet": [*STAGES, (2, {**DEEP_PLANE, "residual": True})],
+    "unet++": [(2, {"width": 4}), (3, {"width": 4})],
+    "segresnet": [(2, {"width": 4}), (3, {"width": 4})],
+    "mednext": [(2, {"width": 4}), (3, {"width": 4})],
+}
+"""Name -> (spatial_dims, options) to test it with; for a row that is not listed, what it makes of the planned ones."""
+
+
+def _planned(name: str) -> list[tuple[int, dict[str, Any]]]:
+    kinds = [(dims, planned_options(name, stages)) for dims, stages in STAGES if dims in NETWORKS[name].spatial_dims]
+    return [kind for number, kind in enumerate(kinds) if kind not in kinds[:number]]
+
 
 CASES = [
     pytest.param(name, dims, options, id=f"{name}-{dims}d-{number}")
     for name in NETWORKS
-    for number, (dims, options) in enumerate(OPTIONS.get(name, [(2, {}), (3, {})]))
+    for number, (dims, options) in enumerate(OPTIONS.get(name) or _planned(name))
 ]
 SIZES = {2: [(16, 16), (13, 7), (5, 31), (1, 1)], 3: [(16, 16, 16), (13, 7, 9), (5, 17, 1), (1, 1, 1)]}
 
@@ -59,7 +77,7 @@ def test_levels_halve_evenly_from_fine_to_coarse(name: str, dims: int, options: 
     for fine, coarse in itertools.pairwise(levels):
         assert fine.shape[:2] == coarse.shape[:2] == (1, 3)
         assert all(a % b == 0 for a, b in zip(fine.shape[2:], coarse.shape[2:], strict=True))
-        assert fine.numel() > coarse.numel()
+        assert fine.numel() >= coarse.numel()
 
 
 @conformance
@@ -138,3 +156,73 @@ def test_input_is_padded_at_its_end_only() -> None:
 def test_options_that_do_not_fit_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"network unet: its options .* do not fit"):
         build("unet", 3, {**ISOTROPIC, **wrong})
+
+
+def test_a_network_of_another_dimension_is_named() -> None:
+    with pytest.raises(ConfigError, match="network unet3d: it exists in 3D, the plan is 2D"):
+        build("unet3d", 2, {})
+
+
+@pytest.mark.parametrize("factors", [(2, 2), (3, 1), (4, 5), (2, 2, 2), (1, 2, 3)])
+def test_upsampling_starts_as_linear_interpolation(factors: tuple[int, ...]) -> None:
+    dims = len(factors)
+    layer = bilinear_upsampling(dims, 2, factors)
+    image = torch.randn(1, 2, *(6,) * dims)
+    size = [6 * f for f in factors]
+    mode = {2: "bilinear", 3: "trilinear"}[dims]
+    expected = torch.nn.functional.interpolate(image, size=size, mode=mode, align_corners=False)
+    found = layer(image)
+    assert found.shape == expected.shape
+    inside = (..., *(slice(f, -f) for f in factors))
+    assert torch.allclose(found[inside], expected[inside], atol=1e-5)
+
+
+def test_fcn_starts_from_its_coarsest_score() -> None:
+    """The skips' scores are zero at first, so that FCN-8s begins as FCN-32s."""
+    options = {"features": [4, 4, 6, 6], "strides": [[2, 2]] * 3}
+    coarse, fine = build("fcn32s", 2, options).eval(), build("fcn8s", 2, {**options, "skips": 2}).eval()
+    missing, unexpected = fine.load_state_dict(coarse.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.startswith(("scores", "ups")) for key in missing)
+    inside = (..., slice(8, -8), slice(8, -8))
+    image = torch.randn(1, 2, 32, 32)
+    for score in list(fine.scores)[1:]:
+        torch.nn.init.zeros_(score.bias)
+    # Twice two and once two is nearly eight at once.
+    pair = torch.stack([network(image)[inside].flatten() for network in (coarse, fine)])
+    assert torch.corrcoef(pair)[0, 1] > 0.98
+
+
+def test_tile_of_the_paper() -> None:
+    network = ClassicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(2,) * 5, convolutions="valid")
+    assert network.tile(388) == (572, 388)
+    assert network.tile(389) == (588, 404)
+    assert network.tile(1) == (188, 4)
+
+
+def test_unpadded_convolutions_see_the_mirrored_surroundings() -> None:
+    """What is right of the border is its mirror image: an image that is mirrored by hand gives the same logits."""
+    network = build("unet2015_valid", 2, {"features": [4, 6]}).eval()
+    image = torch.randn(1, 2, 20, 12)
+    larger = torch.nn.functional.pad(image, (8, 8, 8, 8), mode="reflect")
+    assert torch.allclose(network(image), network(larger)[..., 8:-8, 8:-8], atol=1e-5)
+
+
+def test_valid_and_same_agree_far_from_the_border() -> None:
+    valid = build("unet2015_valid", 2, {"features": [4, 6]}).eval()
+    same = build("unet2015", 2, {"features": [4, 6]}).eval()
+    same.load_state_dict(valid.state_dict())
+    image = torch.randn(1, 2, 64, 64)
+    assert torch.allclose(valid(image)[..., 12:-12, 12:-12], same(image)[..., 12:-12, 12:-12], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("unet2015", 31.0), ("unet3d", 19.07)])
+def test_parameters_are_those_of_the_papers(name: str, millions: float) -> None:
+    """Ronneberger's 2D network has 31.0 million (with one input channel and two classes), Çiçek's 19,069,955."""
+    kind = NETWORKS[name]
+    if name == "unet3d":
+        network = kind.build(spatial_dims=3, in_channels=3, out_channels=3, features=(64, 128, 256, 512))
+    else:
+        network = kind.build(spatial_dims=2, in_channels=1, out_channels=2)
+    count = sum(weight.numel() for weight in network.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)

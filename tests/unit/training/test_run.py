@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from medseg import api
-from medseg.bundle import open_bundle
+from medseg.bundle import load_networks, open_bundle
 from medseg.display import Display
 from medseg.errors import ConfigError, ExportError, MedsegError, PlanError, SpecError, TrainingError
 from medseg.files import PARTIAL_PREFIX
@@ -426,6 +426,23 @@ def test_a_mended_command_after_a_refused_one_may_use_the_same_folder(
 def test_an_unknown_network_lists_those_that_exist(place: Path, tmp_path: Path, no_measuring: None) -> None:
     with pytest.raises(MedsegError, match=r"'resnet'.*unet"):
         api.train(place / "data", out=tmp_path / "run", steps=1, network="resnet", settings=QUICK)
+
+
+@pytest.mark.parametrize("network", ["fcn8s", "unet2015_valid", "unet3d"])
+def test_another_network_is_trained_and_predicts(place: Path, tmp_path: Path, network: str, no_measuring: None) -> None:
+    """Batch norm too (unet3d): its running statistics go into the weights that predict."""
+    settings = (*QUICK, "network.options.features=[4, 4, 8]")
+    api.train(place / "data", out=tmp_path / "run", steps=3, network=network, settings=settings)
+    plan = read_plan(tmp_path / "run" / "3_plan.yaml")
+    assert plan.network.name == network
+    assert "kernels" not in plan.network.options
+    result = api.predict(place / "data", model=tmp_path / "run", out=tmp_path / "masks")
+    assert result.complete
+    if network == "unet3d":
+        network_ = load_networks(open_bundle(tmp_path / "run"))[0]
+        means = [value for key, value in network_.state_dict().items() if key.endswith("running_mean")]
+        assert means
+        assert all(mean.abs().max() > 0 for mean in means)
 
 
 def test_precision_of_the_plan_is_used(place: Path, tmp_path: Path) -> None:
