@@ -33,7 +33,11 @@ NoTrack = Annotated[bool, typer.Option("--no-track", help="Do not record in MLfl
 CaseChoice = Annotated[Cases | None, typer.Option(help="Cases of a dataset (default: test if there are any).")]
 Formats = Annotated[
     list[str] | None,
-    typer.Option("--format", help="nifti (default); for DICOM inputs also seg, rtstruct, sr; several by commas."),
+    typer.Option(
+        "--format",
+        help="nifti (default); for DICOM inputs also seg, seg-labelmap, seg-fractional, rtstruct, sr; several by "
+        "commas.",
+    ),
 ]
 
 

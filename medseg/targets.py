@@ -50,6 +50,11 @@ def decode(spec: Spec, logits: Tensor) -> Tensor:
     return mask
 
 
+def probabilities(spec: Spec, logits: Tensor) -> Tensor:
+    """Map logits (K, *S) to probabilities (N, *S) of the N labels (softmax, background left out) or regions."""
+    return logits.softmax(0)[1:] if exclusive(spec) else logits.sigmoid()
+
+
 def background_logits(spec: Spec) -> Tensor:
     """Return logits (K,) that decode to background, for voxels that no network has seen."""
     count = len(channel_names(spec))

@@ -216,8 +216,12 @@ DICOM_LABELS = {
 }
 
 
-def make_dicom_result(folder: Path, grid: str = "axial", *, labels: Any = None, **tags: Any) -> Any:
+def make_dicom_result(
+    folder: Path, grid: str = "axial", *, labels: Any = None, regions: Any = None, modality: str = "MR", **tags: Any
+) -> Any:
     """Write a series into `folder` (its files get `tags`) and return the Result of a mask without any symmetry on it.
+
+    Its probabilities are noise: no value is that of another voxel.
 
     Label 1 has an L shape with a hole through some slices and an island, 7 touches it, 3 is one voxel, 4 is absent.
     """
@@ -238,17 +242,21 @@ def make_dicom_result(folder: Path, grid: str = "axial", *, labels: Any = None, 
     array[0, 8:12, 9:14, 2:4] = 7
     array[0, 20, 0, 8] = 3
     image = np.random.default_rng(3).integers(0, 4000, array.shape).astype(np.float32)
-    files = write_series(Volume(image, DICOM_GRIDS[grid]), folder, modality="MR", shuffle=True)
+    files = write_series(Volume(image, DICOM_GRIDS[grid]), folder, modality=modality, shuffle=True)
     for file in files if tags else ():
         dataset = pydicom.dcmread(file)
         for keyword, value in tags.items():
             setattr(dataset, keyword, value)
         dataset.save_as(file)
     (series,) = find_series(folder)
-    mask = align_to(Volume(array, DICOM_GRIDS[grid]), read_series(series))
+    source = read_series(series)
+    mask = align_to(Volume(array, DICOM_GRIDS[grid]), source)
     assert mask is not None
-    spec = Spec.model_validate({"name": "torso", "channels": {"mr": {}}, "labels": labels or DICOM_LABELS})
-    return Result(mask, spec, "5eed" * 16, series)
+    words = {"name": "torso", "channels": {"mr": {}}, "labels": labels or DICOM_LABELS, "regions": regions or {}}
+    spec = Spec.model_validate(words)
+    count = len(spec.regions or spec.foreground)
+    soft = np.random.default_rng(4).random((count, *mask.shape), np.float32)
+    return Result(mask, spec, "5eed" * 16, source, series, mask.with_array(soft))
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, 
 from medseg.exporters import EXPORTERS, choose_formats
 from medseg.exporters.result import DICOM_ONLY, Result
 from medseg.files import file_digest, sweep, write_json, write_text
-from medseg.inference.predict import Model, load_model, predict_volume
+from medseg.inference.predict import Model, load_model, predict_soft, predict_volume
 from medseg.readers.dicom_series import read_series
 from medseg.spec import Spec
 from medseg.studies import read_channels
@@ -125,8 +125,12 @@ def _do(
             raise ExportError(DICOM_ONLY, code="NEEDS_DICOM")
         image = _read(study, model.bundle.info.spec)
         refuse_constant(image, model.bundle.info.spec)
-        mask = predict_volume(model, image, mirror=mirror)
-        result = Result(mask, model.bundle.info.spec, entry.model_digest, study.series)
+        soft = None
+        if any(EXPORTERS[name].soft for name in formats):
+            mask, soft = predict_soft(model, image, mirror=mirror)
+        else:
+            mask = predict_volume(model, image, mirror=mirror)
+        result = Result(mask, model.bundle.info.spec, entry.model_digest, image, study.series, soft)
         outputs, notes = _write(result, formats, ledger.out, study.id)
         entry = entry.model_copy(
             update={

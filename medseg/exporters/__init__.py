@@ -24,12 +24,14 @@ class Exporter:
     write : (path, result) -> notes; raises ExportError with a reason code, and then leaves no file.
     dicom : whether it describes a DICOM series, so that other images cannot be written so.
     refers_to : formats that it points into, which are written too.
+    soft : whether it needs probabilities beside the mask.
     """
 
     suffix: str
     write: Callable[[Path, Result], tuple[str, ...]]
     dicom: bool = False
     refers_to: tuple[str, ...] = ()
+    soft: bool = False
 
 
 def _nifti(path: Path, result: Result) -> tuple[str, ...]:
@@ -43,6 +45,18 @@ def _seg(path: Path, result: Result) -> tuple[str, ...]:
     from medseg.exporters.dicom_seg import write_seg
 
     return write_seg(path, result)
+
+
+def _labelmap(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.dicom_seg import write_labelmap
+
+    return write_labelmap(path, result)
+
+
+def _fractional(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.dicom_seg import write_fractional
+
+    return write_fractional(path, result)
 
 
 def _rtstruct(path: Path, result: Result) -> tuple[str, ...]:
@@ -62,6 +76,8 @@ EXPORTERS: Registry[Exporter] = Registry(
     {
         "nifti": Exporter(".nii.gz", _nifti),
         "seg": Exporter(".seg.dcm", _seg, dicom=True),
+        "seg-labelmap": Exporter(".labelmap.dcm", _labelmap, dicom=True),
+        "seg-fractional": Exporter(".fractional.dcm", _fractional, dicom=True, soft=True),
         "rtstruct": Exporter(".rtstruct.dcm", _rtstruct, dicom=True),
         "sr": Exporter(".sr.dcm", _sr, dicom=True, refers_to=("seg",)),
     },

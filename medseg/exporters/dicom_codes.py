@@ -1,19 +1,21 @@
-"""Coded concepts of the labels of a spec."""
+"""Coded concepts: what the labels of a spec are, and what the values of an image measure."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from medseg.exporters.dicom_source import PRIVATE_SCHEME
-from medseg.spec import Label, Spec
+from medseg.spec import Spec
+from medseg.volume import Volume
 
 if TYPE_CHECKING:
     from highdicom.color import CIELabColor
 
+PRIVATE_SCHEME = "99MEDSEG"
 ANATOMY = Code("91723000", "SCT", "Anatomical Structure")
 ABNORMAL = Code("49755003", "SCT", "Morphologically Altered Structure")
 UNKNOWN = Code("SEGMENT", PRIVATE_SCHEME, "Segment without a standard code")
@@ -21,12 +23,65 @@ _LESIONS = "cid7159"
 """Lesion segmentation types (PS3.16 CID 7159): what is no anatomy but a change of it."""
 
 
-def property_codes(spec: Spec, name: str) -> tuple[Code, Code]:
-    """Return category and type of a label; without a code in the spec, private ones (scheme 99MEDSEG).
+@dataclass(frozen=True)
+class Segment:
+    """One segment, structure or group of measurements of a DICOM object.
 
-    The private code depends on the names of the dataset and the label, the meaning is the label's name.
+    Attributes
+    ----------
+    number : from 1, in the order of the spec.
+    value : in the mask.
+    color : #rrggbb or None.
     """
-    given = spec.labels[name].snomed
+
+    number: int
+    name: str
+    value: int
+    color: str | None
+    category: Code
+    type: Code
+
+    @property
+    def colour(self) -> CIELabColor | None:
+        """The colour as DICOM's CIELab; None where the spec names none."""
+        from highdicom.color import CIELabColor
+
+        return None if self.color is None else CIELabColor.from_string(self.color)
+
+    @property
+    def uncoded(self) -> bool:
+        """Whether the spec has no code for it."""
+        return self.type.scheme_designator == PRIVATE_SCHEME
+
+
+def label_segments(spec: Spec) -> tuple[Segment, ...]:
+    """Return one segment a label of the spec, in its order; without a code in the spec, with a private one."""
+    return tuple(_segment(spec, number, name, name) for number, name in enumerate(spec.foreground, start=1))
+
+
+def soft_segments(spec: Spec) -> tuple[Segment, ...]:
+    """Return what the network gives a probability each: the regions of the spec, or its labels where it has none.
+
+    A region of one label is that label by code, one of several labels has a private code. Regions overlap, and
+    their probabilities are no probabilities of the labels that are painted: so they are not turned into these.
+    """
+    rows = [(name, row.labels[0] if len(row.labels) == 1 else None) for name, row in spec.regions.items()]
+    regions = [_segment(spec, number, name, label) for number, (name, label) in enumerate(rows, start=1)]
+    return tuple(regions) or label_segments(spec)
+
+
+def _segment(spec: Spec, number: int, name: str, label: str | None) -> Segment:
+    """Return the segment `name`, which is by code the label `label`, or none of the labels."""
+    painted = spec.labels[label or spec.regions[name].paint]
+    return Segment(number, name, painted.value, painted.color, *_codes(spec, name, label))
+
+
+def _codes(spec: Spec, name: str, label: str | None) -> tuple[Code, Code]:
+    """Return category and type.
+
+    A private code (scheme 99MEDSEG) depends on the names of the dataset and the segment; its meaning is the latter.
+    """
+    given = None if label is None else spec.labels[label].snomed
     if given is None:
         value = hashlib.sha256(f"{spec.name}/{name}".encode()).hexdigest()[:12].upper()
         return UNKNOWN, Code(value, PRIVATE_SCHEME, name[:64])
@@ -35,13 +90,25 @@ def property_codes(spec: Spec, name: str) -> tuple[Code, Code]:
     return (ABNORMAL if (code.value, code.scheme_designator) in lesions else ANATOMY), code
 
 
-def uncoded(spec: Spec) -> bool:
-    """Tell whether any label has no code of its own."""
-    return any(spec.labels[name].snomed is None for name in spec.foreground)
+MILLILITRE = Code("mL", "UCUM", "milliliter")
+ARBITRARY = Code("[arb'U]", "UCUM", "arbitrary unit")
+_ATTENUATION = Code("112031", "DCM", "Attenuation Coefficient")
+_ACTIVITY = Code("110821", "DCM", "Nuclear Medicine Tomographic Activity")
+_SUV = Code("126401", "DCM", "SUVbw")
+_QUANTITIES = {
+    ("CT", ""): (_ATTENUATION, Code("[hnsf'U]", "UCUM", "Hounsfield unit")),
+    ("CT", "NO_RESCALE"): (_ATTENUATION, ARBITRARY),
+    ("MR", ""): (Code("110852", "DCM", "MR signal intensity"), ARBITRARY),
+    # PS3.3 C.8.9.1: g/ml without a type is by body weight
+    ("PT", "GML"): (_SUV, Code("{SUVbw}g/ml", "UCUM", "Standardized Uptake Value body weight")),
+    ("PT", "BQML"): (_ACTIVITY, Code("Bq/ml", "UCUM", "Becquerels/milliliter")),
+    ("PT", ""): (_ACTIVITY, ARBITRARY),
+}
+"""(modality, unit of the values) -> what the values measure (PS3.16 CID 7469), and their UCUM unit."""
 
 
-def display_colour(label: Label) -> CIELabColor | None:
-    """Return the colour of a label as DICOM's CIELab; None where the spec names none."""
-    from highdicom.color import CIELabColor
-
-    return None if label.color is None else CIELabColor.from_string(label.color)
+def quantity(image: Volume) -> tuple[Code, Code] | None:
+    """Return what the values of an image measure and their unit; None for a modality of which we do not know it."""
+    modality = image.meta.get("Modality", "")
+    unit = "NO_RESCALE" if "NO_RESCALE" in image.notes else image.meta.get("Units", "")
+    return _QUANTITIES.get((modality, unit)) or _QUANTITIES.get((modality, ""))

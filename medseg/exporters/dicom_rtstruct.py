@@ -6,8 +6,6 @@ that every reader fills the voxels of the mask: no centre lies on a contour, and
 
 from __future__ import annotations
 
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,20 @@ from pydicom.sr.coding import Code
 from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage
 from pydicom.valuerep import format_number_as_ds
 
-from medseg.exporters.dicom_codes import property_codes, uncoded
+from medseg.exporters.dicom_codes import Segment, label_segments
 from medseg.exporters.dicom_source import (
+    LPS_TO_RAS,
     MANUFACTURER,
     RESEARCH,
-    derived_uid,
-    description,
-    save,
-    source_date,
-    source_images,
+    equipment,
+    identity,
+    item,
+    write_object,
 )
 from medseg.exporters.outlines import filled, outlines
 from medseg.exporters.result import Result, read_back_error
-from medseg.spec import Label
 from medseg.volume import Volume
 
-SERIES_NUMBER = 9002
-LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 OFF_PLANE = 0.01
 """How far a point may lie off its slice when it is read back, in slices: decimal strings are rounded."""
 _FROM_SOURCE = (
@@ -56,90 +51,78 @@ def write_rtstruct(path: Path, result: Result) -> tuple[str, ...]:
     ExportError : NEEDS_DICOM, NOT_ON_SOURCE_GRID, SOURCE_CHANGED, READ_BACK (the contours, filled, give another
         mask), or it cannot be written.
     """
-    images = source_images(result)
-    dataset = build_rtstruct(result, images)
-    save(path, dataset, partial(check_rtstruct, name=path.name, result=result))
-    return ("PRIVATE_CODE",) * uncoded(result.spec)
+    return write_object(path, result, build_rtstruct, check_rtstruct)
 
 
 def build_rtstruct(result: Result, images: list[Dataset]) -> Dataset:
     """Return the object in memory; `images` are the source headers in the order of the mask's K."""
     source = images[0]
-    date, time = source_date(source)
     frame = str(source.FrameOfReferenceUID)
-    dataset = _item(
+    names, made_by = identity(result, "RTSTRUCT"), equipment(result)
+    dataset = item(
         SpecificCharacterSet="ISO_IR 192",
         **{word: source.get(word) for word in _FROM_SOURCE.split() if word in source},
         SOPClassUID=RTStructureSetStorage,
-        SOPInstanceUID=derived_uid(result, "RTSTRUCT", "instance"),
-        SeriesInstanceUID=derived_uid(result, "RTSTRUCT", "series"),
+        SOPInstanceUID=names["sop_instance_uid"],
+        SeriesInstanceUID=names["series_instance_uid"],
         Modality="RTSTRUCT",
-        SeriesNumber=SERIES_NUMBER,
-        SeriesDescription=description(result.spec),
-        SeriesDate=date,
-        SeriesTime=time,
+        SeriesNumber=names["series_number"],
+        SeriesDescription=names["series_description"],
         OperatorsName=None,
         Manufacturer=MANUFACTURER,
-        ManufacturerModelName=result.spec.name[:64],
-        SoftwareVersions=version("medseg"),
-        DeviceSerialNumber=result.model[:64],
-        InstanceNumber=1,
+        ManufacturerModelName=made_by["manufacturer_model_name"],
+        SoftwareVersions=made_by["software_versions"],
+        DeviceSerialNumber=made_by["device_serial_number"],
+        InstanceNumber=names["instance_number"],
         FrameOfReferenceUID=frame,
         PositionReferenceIndicator=None,
         StructureSetLabel=RESEARCH,
         StructureSetDescription=f"{RESEARCH} ONLY, not reviewed by a person; model {result.model}",
-        StructureSetDate=date,
-        StructureSetTime=time,
+        StructureSetDate=None,
+        StructureSetTime=None,
         ApprovalStatus="UNAPPROVED",
         ReferencedFrameOfReferenceSequence=[_reference(images, frame)],
         StructureSetROISequence=[],
         ROIContourSequence=[],
         RTROIObservationsSequence=[],
     )
-    for number, name in enumerate(result.spec.foreground, start=1):
+    for segment in label_segments(result.spec):
         dataset.StructureSetROISequence.append(
-            _item(
-                ROINumber=number,
+            item(
+                ROINumber=segment.number,
                 ReferencedFrameOfReferenceUID=frame,
-                ROIName=name[:64],
+                ROIName=segment.name[:64],
                 ROIGenerationAlgorithm="AUTOMATIC",
-                ROIGenerationDescription=f"medseg {version('medseg')}",
+                ROIGenerationDescription=f"medseg {made_by['software_versions']}",
             )
         )
-        dataset.ROIContourSequence.append(_contours(result.mask, result.spec.labels[name], number, images))
-        dataset.RTROIObservationsSequence.append(_observation(number, property_codes(result.spec, name)[1]))
+        dataset.ROIContourSequence.append(_contours(result.mask, segment, images))
+        dataset.RTROIObservationsSequence.append(_observation(segment.number, segment.type))
     dataset.file_meta = FileMetaDataset()
     # In explicit syntaxes a contour may not have more than 64 KiB.
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     return dataset
 
 
-def _item(**values: Any) -> Dataset:
-    item = Dataset()
-    for keyword, value in values.items():
-        setattr(item, keyword, value)
-    return item
-
-
 def _image(source: Dataset) -> Dataset:
-    return _item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
+    return item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
 
 
 def _reference(images: list[Dataset], frame: str) -> Dataset:
-    series = _item(
+    series = item(
         SeriesInstanceUID=images[0].SeriesInstanceUID, ContourImageSequence=[_image(image) for image in images]
     )
-    study = _item(
+    study = item(
         ReferencedSOPClassUID="1.2.840.10008.3.1.2.3.1",  # Detached Study Management (retired), as PS3.3 C.8.8.5 says
         ReferencedSOPInstanceUID=images[0].StudyInstanceUID,
         RTReferencedSeriesSequence=[series],
     )
-    return _item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])
+    return item(FrameOfReferenceUID=frame, RTReferencedStudySequence=[study])
 
 
 def _observation(number: int, code: Code) -> Dataset:
-    concept = _item(CodeValue=code.value, CodingSchemeDesignator=code.scheme_designator, CodeMeaning=code.meaning)
-    return _item(
+    concept = item(CodeValue=code.value, CodingSchemeDesignator=code.scheme_designator, CodeMeaning=code.meaning)
+    return item(
         ObservationNumber=number,
         ReferencedROINumber=number,
         RTROIIdentificationCodeSequence=[concept],
@@ -148,18 +131,18 @@ def _observation(number: int, code: Code) -> Dataset:
     )
 
 
-def _contours(mask: Volume, label: Label, number: int, images: list[Dataset]) -> Dataset:
+def _contours(mask: Volume, segment: Segment, images: list[Dataset]) -> Dataset:
     """Return the contours of one label, slice by slice."""
-    roi = _item(ReferencedROINumber=number)
-    if label.color is not None:
-        roi.ROIDisplayColor = list(bytes.fromhex(label.color[1:]))
+    roi = item(ReferencedROINumber=segment.number)
+    if segment.color is not None:
+        roi.ROIDisplayColor = list(bytes.fromhex(segment.color[1:]))
     rows = []
     for k, image in enumerate(images):
-        for polygon in outlines(mask.array[0, :, :, k] == label.value):
+        for polygon in outlines(mask.array[0, :, :, k] == segment.value):
             index = np.c_[polygon, np.full(len(polygon), k)]
             points = (index @ mask.affine[:3, :3].T + mask.affine[:3, 3]) * LPS_TO_RAS
             rows.append(
-                _item(
+                item(
                     ContourImageSequence=[_image(image)],
                     ContourGeometricType="CLOSED_PLANAR",
                     NumberOfContourPoints=len(points),

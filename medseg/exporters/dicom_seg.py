@@ -1,47 +1,38 @@
-"""Masks as DICOM Segmentation objects (BINARY), read back before they count.
+"""Results as DICOM Segmentation objects: BINARY, LABELMAP or FRACTIONAL, read back before they count.
 
-One segment a label of the spec, in its order, empty ones included; one frame a slice of the source, empty ones
-included, because viewers misplace frames where some are left out (OHIF/Viewers#2833).
+One segment a label of the spec, in its order, empty ones included; one frame a slice of the source (and segment, but
+in a LABELMAP), empty ones included, because viewers misplace frames where some are left out (OHIF/Viewers#2833).
+All are uncompressed: DCMTK, and what is built on it, refuses a compressed LABELMAP.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import highdicom
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels.utils import unpack_bits
 from pydicom.sr.codedict import codes
 
 from medseg.errors import ExportError
-from medseg.exporters.dicom_codes import display_colour, property_codes, uncoded
+from medseg.exporters.dicom_codes import Segment, label_segments, soft_segments
+from medseg.exporters.dicom_seg_check import check_fractional, check_labels
 from medseg.exporters.dicom_source import (
     MANUFACTURER,
-    ON_GRID_MM,
     RESEARCH,
     derived_uid,
-    description,
-    finish,
-    save,
-    silent,
-    source_images,
+    equipment,
+    identity,
+    tracking,
+    write_object,
 )
-from medseg.exporters.result import Result, read_back_error
-from medseg.volume import Volume
+from medseg.exporters.result import Result
 
-SERIES_NUMBER = 9001
-LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
-_GROUPS = (
-    "SegmentIdentificationSequence",
-    "PixelMeasuresSequence",
-    "PlaneOrientationSequence",
-    "PlanePositionSequence",
-)
+MAX_PIXEL_BYTES = 2**32 - 2
+"""The longest value that an uncompressed element can have (PS3.5 section 7.1)."""
 
 
 def write_seg(path: Path, result: Result) -> tuple[str, ...]:
@@ -55,51 +46,73 @@ def write_seg(path: Path, result: Result) -> tuple[str, ...]:
     Raises
     ------
     ExportError : NEEDS_DICOM, NOT_ON_SOURCE_GRID, SOURCE_CHANGED, UNKNOWN_LABEL (a value that the spec does not
-        name), READ_BACK (what was written differs in a voxel or a place), or it cannot be written.
+        name), OBJECT_TOO_LARGE, READ_BACK (what was written differs in a voxel or a place), or it cannot be written.
     """
-    images = source_images(result)
-    with silent():
-        dataset = build_seg(result, images)
-    save(path, dataset, partial(check_seg, name=path.name, result=result))
-    return ("PRIVATE_CODE",) * uncoded(result.spec)
+    return write_object(path, result, partial(build_seg, kind="SEG"), check_labels)
+
+
+def write_labelmap(path: Path, result: Result) -> tuple[str, ...]:
+    """Write a label map as a LABELMAP Segmentation (supplement 243, 2024): one frame a slice, a number a label.
+
+    Returns and raises what write_seg does.
+    """
+    return write_object(path, result, partial(build_seg, kind="LABELMAP"), check_labels)
+
+
+def write_fractional(path: Path, result: Result) -> tuple[str, ...]:
+    """Write the probabilities of a result as a FRACTIONAL Segmentation in steps of 1/255.
+
+    A segment is what the network gives a probability: a label, or a region where the spec has regions.
+
+    Returns and raises what write_seg does.
+    """
+    return write_object(path, result, partial(build_seg, kind="FRACTIONAL"), check_fractional)
 
 
 def seg_uid(result: Result) -> str:
-    """Return the SOP instance UID of the Segmentation of a result, written or not."""
-    return derived_uid(result, "SEG", "instance")
+    """Return the SOP instance UID of the BINARY Segmentation of a result, written or not."""
+    return str(identity(result, "SEG")["sop_instance_uid"])
 
 
-def build_seg(result: Result, images: list[Dataset]) -> Dataset:
-    """Return the object in memory; `images` are the source headers in the order of the mask's K."""
+def build_seg(result: Result, images: list[Dataset], *, kind: str = "SEG") -> Dataset:
+    """Return the object in memory; `images` are the source headers in the order of the mask's K.
+
+    Takes one to two bytes a voxel for a label map, six bytes a voxel and segment for probabilities.
+    """
+    segments = soft_segments(result.spec) if kind == "FRACTIONAL" else label_segments(result.spec)
+    _refuse_too_large(result, kind, len(segments))
     dataset: Dataset = highdicom.seg.Segmentation(
         images,
-        segment_numbers(result),
-        highdicom.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions(result),
-        series_instance_uid=derived_uid(result, "SEG", "series"),
-        series_number=SERIES_NUMBER,
-        sop_instance_uid=seg_uid(result),
-        instance_number=1,
+        probability_frames(result) if kind == "FRACTIONAL" else segment_numbers(result),
+        "BINARY" if kind == "SEG" else kind,
+        [_description(result, segment) for segment in segments],
         content_label=RESEARCH.replace(" ", "_"),
         content_description=f"{RESEARCH} ONLY, not reviewed by a person",
         content_creator_name=f"{MANUFACTURER}^",
-        series_description=description(result.spec),
         omit_empty_frames=False,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=result.spec.name[:64],
-        software_versions=version("medseg"),
-        device_serial_number=result.model[:64],
+        **identity(result, kind),
+        **equipment(result),
     )
     # Its own default is a random UID, which would make every writing another file.
-    dimensions = derived_uid(result, "SEG", "dimensions")
+    dimensions = derived_uid(result, kind, "dimensions")
     dataset.DimensionOrganizationSequence[0].DimensionOrganizationUID = dimensions
-    for item in dataset.DimensionIndexSequence:
-        item.DimensionOrganizationUID = dimensions
-    finish(dataset, images[0])
+    for row in dataset.DimensionIndexSequence:
+        row.DimensionOrganizationUID = dimensions
     return dataset
 
 
-def segment_numbers(result: Result) -> NDArray[np.uint16]:
+def _refuse_too_large(result: Result, kind: str, segments: int) -> None:
+    voxels = int(np.prod(result.mask.shape))
+    size = {"SEG": voxels * segments // 8, "FRACTIONAL": voxels * segments}.get(kind, voxels * 2)
+    if size > MAX_PIXEL_BYTES:
+        raise ExportError(
+            f"{segments} segments of {voxels} voxels would need {size / 2**30:.1f} GiB, and one object holds at most "
+            "4.0 GiB: choose --format seg-labelmap or seg",
+            code="OBJECT_TOO_LARGE",
+        )
+
+
+def segment_numbers(result: Result) -> NDArray[np.uint8 | np.uint16]:
     """Return (K, J, I): the segment of each voxel, 1 for the first label of the spec; 0 is none.
 
     Raises
@@ -107,7 +120,8 @@ def segment_numbers(result: Result) -> NDArray[np.uint16]:
     ExportError : UNKNOWN_LABEL.
     """
     labels = result.mask.array[0].transpose(2, 1, 0)
-    segments = np.zeros(labels.shape, np.uint16)
+    dtype: type[np.uint8 | np.uint16] = np.uint8 if len(result.spec.foreground) < 256 else np.uint16
+    segments = np.zeros(labels.shape, dtype)
     for number, value in enumerate(result.spec.foreground.values(), start=1):
         segments[labels == value] = number
     strange = np.unique(labels[(segments == 0) & (labels != 0)])
@@ -120,95 +134,29 @@ def segment_numbers(result: Result) -> NDArray[np.uint16]:
     return segments
 
 
-def segment_descriptions(result: Result) -> list[highdicom.seg.SegmentDescription]:
-    """Return one description a label of the spec, in its order."""
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name=MANUFACTURER,
-        family=codes.DCM.ArtificialIntelligence,
-        version=version("medseg"),
-        source=MANUFACTURER,
-        parameters={"model": result.spec.name, "model_hash": result.model},
+def probability_frames(result: Result) -> NDArray[np.float32]:
+    """Return the probabilities as highdicom wants them: (K, J, I, segments)."""
+    assert result.probabilities is not None, "an exporter that is `soft` is given probabilities"
+    return np.ascontiguousarray(result.probabilities.array.transpose(3, 2, 1, 0), np.float32)
+
+
+def _description(result: Result, segment: Segment) -> Any:
+    """Return highdicom's description of a segment."""
+    uid, text = tracking(result, segment.name)
+    return highdicom.seg.SegmentDescription(
+        segment_number=segment.number,
+        segment_label=segment.name[:64],
+        segmented_property_category=segment.category,
+        segmented_property_type=segment.type,
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=MANUFACTURER,
+            family=codes.DCM.ArtificialIntelligence,
+            version=equipment(result)["software_versions"],
+            source=MANUFACTURER,
+            parameters={"model": result.spec.name, "model_hash": result.model},
+        ),
+        tracking_uid=uid,
+        tracking_id=text,
+        display_color=segment.colour,
     )
-    rows = []
-    for number, name in enumerate(result.spec.foreground, start=1):
-        category, kind = property_codes(result.spec, name)
-        rows.append(
-            highdicom.seg.SegmentDescription(
-                segment_number=number,
-                segment_label=name[:64],
-                segmented_property_category=category,
-                segmented_property_type=kind,
-                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-                algorithm_identification=algorithm,
-                tracking_uid=derived_uid(result, "SEG", "tracking", name),
-                tracking_id=f"{result.spec.name} {name}"[:64],
-                display_color=display_colour(result.spec.labels[name]),
-            )
-        )
-    return rows
-
-
-def check_seg(path: Path, *, name: str, result: Result) -> None:
-    """Compare a file with the mask: every voxel, and the centroid of every label in mm.
-
-    It reads by pydicom and the frames' own positions alone, with nothing of what wrote it.
-
-    Raises
-    ------
-    ExportError : READ_BACK.
-    """
-    dataset = pydicom.dcmread(path)
-    numbers = dict(enumerate(result.spec.foreground.values(), start=1))
-    found = dict.fromkeys(numbers.values(), 0)
-    sums = {value: np.zeros(3) for value in numbers.values()}
-    wrong, seen = 0, set()
-    for frame, number, to_ras in _frames(dataset):
-        value = numbers.get(number, 0)
-        k, off = _slice_of(result.mask, to_ras)
-        if off > ON_GRID_MM or not value or (value, k) in seen:
-            raise read_back_error(name, f"a frame lies {off:.3f} mm off its slice, or is there twice")
-        seen.add((value, k))
-        wrong += int(np.count_nonzero((result.mask.array[0, :, :, k] == value) ^ frame.T))
-        rows, columns = np.nonzero(frame)
-        found[value] += rows.size
-        sums[value] += to_ras @ np.array([columns.sum(), rows.sum(), rows.size])
-    if wrong or len(seen) != len(numbers) * result.mask.shape[2]:
-        raise read_back_error(name, f"{wrong} voxels differ, {len(seen)} frames")
-    for value, total in sums.items():
-        if found[value] and np.abs(total / found[value] - _centroid(result.mask, value)).max() > ON_GRID_MM:
-            raise read_back_error(name, f"the centroid of label value {value} lies elsewhere")
-
-
-def _frames(dataset: Dataset) -> list[tuple[NDArray[np.bool_], int, NDArray[np.float64]]]:
-    """Return each frame (rows, columns), its segment, and (3, 3): (column, row, 1) -> mm in RAS+."""
-    shape = (int(dataset.NumberOfFrames), int(dataset.Rows), int(dataset.Columns))
-    bits = np.asarray(unpack_bits(dataset.PixelData))[: int(np.prod(shape))].reshape(shape).astype(bool)
-    shared = dataset.SharedFunctionalGroupsSequence[0]
-    rows = []
-    for frame, item in zip(bits, dataset.PerFrameFunctionalGroupsSequence, strict=True):
-        # What all frames have in common stands once, in the shared groups.
-        groups = {word: (item.get(word) or shared[word].value)[0] for word in _GROUPS}
-        number, measures, plane, place = groups.values()
-        down, across = (float(value) for value in measures.PixelSpacing)
-        cosines = np.array(plane.ImageOrientationPatient, np.float64).reshape(2, 3)
-        position = np.array(place.ImagePositionPatient, np.float64)
-        to_lps = np.stack([cosines[0] * across, cosines[1] * down, position], axis=1)
-        rows.append((frame, int(number.ReferencedSegmentNumber), LPS_TO_RAS[:, None] * to_lps))
-    return rows
-
-
-def _slice_of(mask: Volume, to_ras: NDArray[np.float64]) -> tuple[int, float]:
-    """Return which slice of the mask a frame is nearest to, and how far (mm) its corners lie from that slice's."""
-    k = round(float((np.linalg.inv(mask.affine) @ [*to_ras[:, 2], 1])[2]))
-    if not 0 <= k < mask.shape[2]:
-        return 0, np.inf
-    right, down = mask.shape[0] - 1, mask.shape[1] - 1
-    corners = np.array([(0, 0), (right, 0), (0, down), (right, down)], np.float64)
-    frame = to_ras @ np.c_[corners, np.ones(4)].T
-    own = mask.affine[:3] @ np.c_[corners, np.full(4, k), np.ones(4)].T
-    return k, float(np.linalg.norm(frame - own, axis=0).max())
-
-
-def _centroid(mask: Volume, value: int) -> NDArray[np.float64]:
-    index = np.argwhere(mask.array[0] == value).mean(axis=0)
-    return np.asarray(mask.affine[:3, :3] @ index + mask.affine[:3, 3])

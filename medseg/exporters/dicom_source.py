@@ -12,17 +12,18 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
-from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 from pydicom.valuerep import format_number_as_ds
 
 from medseg.errors import ExportError
+from medseg.exporters.dicom_codes import label_segments
 from medseg.exporters.result import Result
 from medseg.files import write_atomically
 from medseg.readers.dicom_geometry import mean_directions, series_grid
@@ -32,7 +33,9 @@ from medseg.volume import grid_distance
 
 RESEARCH = "RESEARCH USE"
 MANUFACTURER = "medseg"
-PRIVATE_SCHEME = "99MEDSEG"
+SERIES_NUMBERS = {"SEG": 9001, "RTSTRUCT": 9002, "SR": 9003, "LABELMAP": 9004, "FRACTIONAL": 9005, "SC": 9006}
+"""Kind of object -> number of its series: each kind is a series of its own."""
+LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 ON_GRID_MM = 0.05
 """How far the mask's grid may lie from that of the series: what the reader allows a slice to be off its place."""
 
@@ -43,8 +46,43 @@ _EMPTY = (
 """Demanded of every object, but may be empty (type 2): old archives leave them out altogether."""
 _DATES = ("Content", "Acquisition", "Series", "Study")
 _UNKNOWN_DATE = "19000101"
+_OWN_DATES = (
+    ("SeriesDate", "SeriesTime"),
+    ("ContentDate", "ContentTime"),
+    ("StructureSetDate", "StructureSetTime"),
+    ("DateOfSecondaryCapture", "TimeOfSecondaryCapture"),
+)
+"""When an object was made, by its own account."""
 
-Mask = NDArray[np.integer[Any]]
+
+def write_object(
+    path: Path,
+    result: Result,
+    build: Callable[[Result, list[Dataset]], Dataset],
+    check: Callable[..., None],
+) -> tuple[str, ...]:
+    """Build an object of a result, write it atomically, and let it count only after `check` has read it back.
+
+    Parameters
+    ----------
+    build : (result, source headers in the order of the mask's K) -> the object.
+    check : (file, name=, result=); raises ExportError(READ_BACK).
+
+    Returns
+    -------
+    tuple of str
+        Notes: PRIVATE_CODE where a label has no code in the spec.
+
+    Raises
+    ------
+    ExportError : NEEDS_DICOM, NOT_ON_SOURCE_GRID, SOURCE_CHANGED, READ_BACK, or it cannot be written.
+    """
+    images = source_images(result)
+    with silent():
+        dataset = build(result, images)
+        finish(dataset, images[0])
+    save(path, dataset, partial(check, name=path.name, result=result))
+    return ("PRIVATE_CODE",) * any(segment.uncoded for segment in label_segments(result.spec))
 
 
 def source_images(result: Result) -> list[Dataset]:
@@ -104,6 +142,40 @@ def derived_uid(result: Result, *words: str) -> str:
     return str(generate_uid(entropy_srcs=[series.uid, content, result.model, *words]))
 
 
+def identity(result: Result, kind: str) -> dict[str, Any]:
+    """Return what names an object of one of the SERIES_NUMBERS, as highdicom's keywords."""
+    return {
+        "series_instance_uid": derived_uid(result, kind, "series"),
+        "series_number": SERIES_NUMBERS[kind],
+        "sop_instance_uid": derived_uid(result, kind, "instance"),
+        "instance_number": 1,
+        "manufacturer": MANUFACTURER,
+        "series_description": description(result.spec),
+    }
+
+
+def equipment(result: Result) -> dict[str, Any]:
+    """Return what made an object, as highdicom's keywords."""
+    return {
+        "manufacturer_model_name": result.spec.name[:64],
+        "software_versions": version("medseg"),
+        "device_serial_number": result.model[:64],
+    }
+
+
+def tracking(result: Result, name: str) -> tuple[str, str]:
+    """Return UID and text by which a label is the same thing in every object of a result."""
+    return derived_uid(result, "SEG", "tracking", name), f"{result.spec.name} {name}"[:64]
+
+
+def item(**values: Any) -> Dataset:
+    """Return a dataset with these attributes, in whose names pydicom knows them."""
+    dataset = Dataset()
+    for keyword, value in values.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
 def description(spec: Spec) -> str:
     """Return the text that a viewer shows for the series, at most 64 characters."""
     return f"{RESEARCH} medseg {spec.name}"[:64]
@@ -129,15 +201,18 @@ def source_date(source: Dataset) -> tuple[str, str]:
 
 
 def finish(dataset: Dataset, source: Dataset) -> None:
-    """Replace the clock's date by that of the images, and write all text as UTF-8."""
-    for item in dataset.get("ContributingEquipmentSequence", ()):
-        if "ContributionDateTime" in item:
-            del item.ContributionDateTime
+    """Replace the clock's dates by those of the images, and write all text as UTF-8."""
+    for row in dataset.get("ContributingEquipmentSequence", ()):
+        if "ContributionDateTime" in row:
+            del row.ContributionDateTime
     for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
         if keyword in dataset:
             delattr(dataset, keyword)
-    dataset.ContentDate, dataset.ContentTime = date, time = source_date(source)
-    dataset.SeriesDate, dataset.SeriesTime = date, time
+    date, time = source_date(source)
+    for day, clock in _OWN_DATES:
+        if day in dataset or day == "SeriesDate":
+            setattr(dataset, day, date)
+            setattr(dataset, clock, time)
     dataset.SpecificCharacterSet = "ISO_IR 192"
 
 

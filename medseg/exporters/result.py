@@ -21,13 +21,18 @@ class Result:
     mask : (1, I, J, K) label values of `spec`, on the grid of the image.
     spec : of the model.
     model : what the mask was made by: the digest of the model and the options that change its answer.
+    image : (channels, I, J, K) what was segmented, on the grid of the mask; the first channel is that of `series`.
     series : the DICOM series that was segmented; None for other images.
+    probabilities : (segments, I, J, K) float32 from 0 to 1, on the grid of the mask: one channel a label of the spec,
+        or a region where it has regions, in its order; None unless an exporter asks for it (Exporter.soft).
     """
 
     mask: Volume
     spec: Spec
     model: str
+    image: Volume
     series: SeriesFiles | None = field(default=None, repr=False)
+    probabilities: Volume | None = None
 
     def need_series(self) -> SeriesFiles:
         """Return the series; raise ExportError(NEEDS_DICOM) where there is none."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medseg.bundle import Bundle, load_networks, open_bundle
 from medseg.device import best_device
@@ -15,7 +15,7 @@ from medseg.errors import BundleError
 from medseg.inference.sliding_window import slide
 from medseg.preparation.path import prediction_path
 from medseg.preparation.preprocess import as_meta_tensor, restore
-from medseg.targets import background_logits, decode
+from medseg.targets import background_logits, decode, probabilities
 from medseg.volume import Volume
 
 
@@ -57,6 +57,28 @@ def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -
     ------
     BundleError : the image has another number of channels, or the network answers with NaN.
     """
+    return image.with_array(decode(model.bundle.info.spec, _logits(model, image, mirror)).numpy())
+
+
+@torch.inference_mode()
+def predict_soft(model: Model, image: Volume, *, mirror: bool | None = None) -> tuple[Volume, Volume]:
+    """Segment one image like `predict_volume`, and keep what the network thinks of each voxel.
+
+    Returns
+    -------
+    tuple of two Volumes
+        The mask, and (segments, I, J, K) float32 from 0 to 1 on its grid: a channel a label of the spec (softmax,
+        the background left out), or a region where it has regions (sigmoid). These take 4 bytes a voxel and segment
+        beside the logits of the same size, on the grid of the image.
+    """
+    logits = _logits(model, image, mirror)
+    spec = model.bundle.info.spec
+    mask = image.with_array(decode(spec, logits).numpy())
+    return mask, image.with_array(probabilities(spec, logits).numpy())
+
+
+def _logits(model: Model, image: Volume, mirror: bool | None) -> Tensor:
+    """Return the logits (K, I, J, K') on the grid of the image."""
     plan, spec = model.bundle.info.plan, model.bundle.info.spec
     if image.array.shape[0] != len(spec.channels):
         raise BundleError(
@@ -70,5 +92,4 @@ def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -
     logits = slide(prepared, model.networks, plan, mirror=mirror).cpu()
     if not torch.isfinite(logits).all():
         raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
-    logits = restore(logits, data["steps"], fill=background_logits(spec))
-    return image.with_array(decode(spec, logits).numpy())
+    return restore(logits, data["steps"], fill=background_logits(spec))

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from medseg.exporters.dicom_rtstruct import write_rtstruct
-from medseg.exporters.dicom_seg import write_seg
+from medseg.exporters.dicom_seg import write_fractional, write_labelmap, write_seg
 from medseg.exporters.dicom_sr import write_sr
+from medseg.volume import Volume, align_to
 
 Build = Callable[..., Any]
 Run = Callable[..., str]
@@ -29,31 +30,55 @@ def places(array: Any, affine: Any) -> set[tuple[float, ...]]:
     return {tuple(float(x) + 0.0 for x in np.round(point, 2)) for point in points}
 
 
-def test_validator_finds_no_error_in_a_segmentation(
-    run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path
+@pytest.mark.parametrize("write", [write_seg, write_fractional, write_rtstruct, write_sr])
+def test_validator_finds_no_error(
+    run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path, write: Callable[..., Any]
 ) -> None:
-    write_seg(tmp_path / "x.seg.dcm", dicom_result(tmp_path / "in", dicom_grid))
-    assert errors(run("dciodvfy", tmp_path / "x.seg.dcm", allowed=(0, 1))) == []
+    write(tmp_path / "x.dcm", dicom_result(tmp_path / "in", dicom_grid))
+    assert errors(run("dciodvfy", tmp_path / "x.dcm", allowed=(0, 1))) == []
+
+
+def dcmqi_segments(run: Run, file: Path) -> tuple[list[str], list[Any]]:
+    """The names that dcmqi reads and, for each, its image; an image of a LABELMAP holds the segments by number."""
+    out = file.with_suffix(".out")
+    out.mkdir()
+    run("segimage2itkimage", "--inputDICOM", file, "--outputDirectory", out, "-t", "nii")
+    rows = json.loads((out / "meta.json").read_text())["segmentAttributes"]
+    images = [nibabel.load(path) for path in sorted(out.glob("*.nii.gz"), key=lambda p: int(p.name.split(".")[0]))]
+    return [row["SegmentLabel"] for group in rows for row in group], images
 
 
 def test_dcmqi_sees_the_same_voxels(run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path) -> None:
     result = dicom_result(tmp_path / "in", dicom_grid)
     write_seg(tmp_path / "x.seg.dcm", result)
-    (tmp_path / "out").mkdir()
-    run("segimage2itkimage", "--inputDICOM", tmp_path / "x.seg.dcm", "--outputDirectory", tmp_path / "out", "-t", "nii")
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert [group[0]["SegmentLabel"] for group in meta["segmentAttributes"]] == list(result.spec.foreground)
-    for number, value in enumerate(result.spec.foreground.values(), start=1):
-        theirs = nibabel.load(tmp_path / "out" / f"{number}.nii.gz")
-        found = places(np.asarray(theirs.dataobj) > 0, theirs.affine)
+    names, images = dcmqi_segments(run, tmp_path / "x.seg.dcm")
+    assert names == list(result.spec.foreground)
+    for image, value in zip(images, result.spec.foreground.values(), strict=True):
+        found = places(np.asarray(image.dataobj) > 0, image.affine)
         assert found == places(result.mask.array[0] == value, result.mask.affine)
 
 
-def test_validator_finds_no_error_in_a_structure_set(
-    run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path
-) -> None:
-    write_rtstruct(tmp_path / "x.rtstruct.dcm", dicom_result(tmp_path / "in", dicom_grid))
-    assert errors(run("dciodvfy", tmp_path / "x.rtstruct.dcm", allowed=(0, 1))) == []
+def test_dcmqi_sees_the_same_labelmap(run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in", dicom_grid)
+    write_labelmap(tmp_path / "x.labelmap.dcm", result)
+    names, images = dcmqi_segments(run, tmp_path / "x.labelmap.dcm")
+    assert names == list(result.spec.foreground)
+    for number, value in enumerate(result.spec.foreground.values(), start=1):
+        image = images[0] if len(images) == 1 else images[number - 1]
+        array = np.asarray(image.dataobj)
+        found = places(array == number, image.affine)
+        assert found == places(result.mask.array[0] == value, result.mask.affine)
+
+
+def test_dcmqi_sees_the_same_probabilities(run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in", dicom_grid)
+    write_fractional(tmp_path / "x.fractional.dcm", result)
+    names, images = dcmqi_segments(run, tmp_path / "x.fractional.dcm")
+    assert names == list(result.spec.foreground)
+    for image, soft in zip(images, result.probabilities.array, strict=True):
+        theirs = align_to(Volume(np.asarray(image.dataobj)[None].astype(np.float32), image.affine), result.mask)
+        assert theirs is not None
+        assert np.abs(theirs.array[0] / 255 - soft).max() <= 0.5 / 255 + 1e-6
 
 
 # Plastimatch stacks contours by their z, whatever the images are: sagittal and coronal ones it cannot read. The unit
@@ -76,12 +101,28 @@ def test_plastimatch_fills_the_same_voxels(run: Run, dicom_result: Build, grid: 
         assert np.linalg.norm(offset) <= min(result.mask.spacing) / 2
 
 
-def test_a_report_is_valid_and_dcmqi_reads_its_volumes(run: Run, dicom_result: Build, tmp_path: Path) -> None:
-    result = dicom_result(tmp_path / "in", "oblique")
+def test_dcmqi_reads_the_measurements(run: Run, dicom_result: Build, dicom_grid: str, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in", dicom_grid)
     write_sr(tmp_path / "x.sr.dcm", result)
-    assert errors(run("dciodvfy", tmp_path / "x.sr.dcm", allowed=(0, 1))) == []
     run("tid1500reader", "--inputDICOM", tmp_path / "x.sr.dcm", "--outputMetadata", tmp_path / "x.json")
     rows = json.loads((tmp_path / "x.json").read_text())["Measurements"]
-    found = [float(row["measurementItems"][0]["value"]) for row in rows]
-    voxels = [int((result.mask.array == value).sum()) for value in (1, 7, 3)]
-    assert found == [round(count * result.mask.voxel_volume / 1000, 4) for count in voxels]
+    assert [row["TrackingIdentifier"] for row in rows] == [f"torso {name}" for name in result.spec.foreground]
+    for row, value in zip(rows, result.spec.foreground.values(), strict=True):
+        inside = result.image.array[result.mask.array == value].astype(np.float64)
+        volume, *others = row["measurementItems"]
+        assert (volume["quantity"]["CodeMeaning"], volume["units"]["CodeValue"]) == ("Volume", "mL")
+        assert float(volume["value"]) == round(inside.size * result.mask.voxel_volume / 1000, 4)
+        found = {item["derivationModifier"]["CodeMeaning"]: float(item["value"]) for item in others}
+        expected = (
+            {
+                "Minimum": inside.min(),
+                "Maximum": inside.max(),
+                "Mean": inside.mean(),
+                "Standard Deviation": inside.std(),
+                "Median": np.median(inside),
+            }
+            if inside.size
+            else {}
+        )
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert {item["units"]["CodeValue"] for item in others} <= {"[arb'U]"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg.spec import Spec
-from medseg.targets import background_logits, channel_names, decode, encode, exclusive
+from medseg.targets import background_logits, channel_names, decode, encode, exclusive, probabilities
 
 Make = Callable[..., Spec]
 REGIONS = {
@@ -88,6 +88,15 @@ def test_regions_of_unannotated_voxels_are_empty(make_spec: Make) -> None:
     target, valid = encode(spec, torch.tensor([[[[4, 9]]]], dtype=torch.uint8))
     assert target[0, :, 0, 0].sum() == 0
     assert valid.flatten().tolist() == [False, True]
+
+
+def test_probabilities_of_classes_and_of_regions(make_spec: Make) -> None:
+    logits = torch.tensor([0.0, 1.0, 3.0]).reshape(3, 1, 1, 1)
+    weights = logits.exp()
+    classes = probabilities(make_spec(labels={"a": 1, "b": 2}), logits)
+    assert torch.allclose(classes, (weights / weights.sum())[1:]), "the background is the rest"
+    regions = probabilities(make_spec(labels=TUMOUR, regions=REGIONS), logits)
+    assert torch.allclose(regions, weights / (1 + weights)), "each on its own: they overlap"
 
 
 @pytest.mark.parametrize("rest", [{}, {"regions": REGIONS}])

@@ -13,7 +13,7 @@ import pytest
 
 from medseg.batch.run import predict
 from medseg.errors import ExportError
-from medseg.exporters import dicom_seg
+from medseg.exporters import EXPORTERS, dicom_seg
 from medseg.files import file_digest
 from medseg.inference.predict import Model, load_model
 from medseg.readers.nifti import read_nifti
@@ -61,6 +61,68 @@ def test_both_formats_hold_the_same_mask(loaded: Model, tree: Path, tmp_path: Pa
             assert b"CANARY" not in file.read_bytes(), file
 
 
+CANARIES = {
+    "PatientName": "CANARY^NAME",
+    "PatientID": "CANARY-ID",
+    "PatientBirthDate": "19551122",
+    "AccessionNumber": "CANARY-ACC",
+    "StudyID": "CANARY-STUDY",
+    "ReferringPhysicianName": "CANARY^DOCTOR",
+    "InstitutionName": "CANARY HOSPITAL",
+    "SeriesDescription": "CANARY SERIES",
+    "StudyDescription": "CANARY STUDY",
+    "OtherPatientIDs": "CANARY-OTHER",
+}
+
+
+def test_only_dicom_objects_know_the_patient(
+    loaded: Model,
+    dicom_result: Build,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    series = dicom_result(tmp_path / "in" / "CANARY-FOLDER", **CANARIES).series
+    out = tmp_path / "out"
+    result = predict([tmp_path / "in"], model=loaded, out=out, formats=list(EXPORTERS))
+    (entry,) = result.entries
+    assert entry.state == "done", entry
+    assert set(entry.outputs) == {f"{entry.id}{row.suffix}" for _, row in EXPORTERS.items()}
+    secrets = [b"CANARY", b"19551122", series.uid.encode(), series.study_uid.encode()]
+    for file in out.rglob("*"):
+        assert "CANARY" not in file.relative_to(out).as_posix()
+        if not file.is_file() or file.name == "linkage.csv":
+            continue
+        if file.suffix == ".dcm":
+            dataset = pydicom.dcmread(file)
+            assert dataset.PatientID == "CANARY-ID", "an archive files it by its patient"
+            assert dataset.StudyInstanceUID == series.study_uid
+            assert "SERIES" not in dataset.SeriesDescription
+        else:
+            assert not [word for word in secrets if word in file.read_bytes()], file
+    printed = capfd.readouterr()
+    text = printed.out + printed.err + caplog.text + repr(result.entries)
+    assert not [word for word in secrets if word.decode() in text]
+
+
+def test_probabilities_and_mask_are_of_one_prediction(loaded: Model, tree: Path, tmp_path: Path) -> None:
+    (tree / "c0.nii.gz").unlink()
+    (entry,) = predict([tree], model=loaded, out=tmp_path / "out", formats=["nifti,seg-fractional"]).entries
+    mask = read_nifti(tmp_path / "out" / f"{entry.id}.nii.gz")
+    dataset = pydicom.dcmread(tmp_path / "out" / f"{entry.id}.fractional.dcm")
+    groups = dataset.PerFrameFunctionalGroupsSequence
+    z = np.array([float(g.PlanePositionSequence[0].ImagePositionPatient[2]) for g in groups])
+    slices = np.rint((z - mask.affine[2, 3]) / mask.affine[2, 2]).astype(int)
+    soft = np.zeros((2, *mask.shape), int)
+    for k, group, frame in zip(slices, groups, dataset.pixel_array, strict=True):
+        soft[group.SegmentIdentificationSequence[0].ReferencedSegmentNumber - 1, :, :, k] = frame.T
+    background = 255 - soft.sum(axis=0)
+    found = np.stack([background, *soft])
+    sure = np.sort(found, axis=0)[-1] - np.sort(found, axis=0)[-2] > 3
+    assert sure.mean() > 0.5
+    assert np.array_equal(found.argmax(0)[sure], mask.array[0][sure])
+
+
 def test_formats_come_and_stay(loaded: Model, tree: Path, tmp_path: Path) -> None:
     (tree / "c0.nii.gz").unlink()
     out = tmp_path / "out"
@@ -87,7 +149,7 @@ def test_a_study_is_not_half_done(loaded: Model, tree: Path, tmp_path: Path, mon
     def fails(*args: Any, **options: Any) -> None:
         raise ExportError("differs", code="READ_BACK")
 
-    monkeypatch.setattr(dicom_seg, "check_seg", fails)
+    monkeypatch.setattr(dicom_seg, "check_labels", fails)
     (entry,) = predict([tree], model=loaded, out=tmp_path / "out", formats=["nifti", "seg"]).entries
     assert (entry.state, entry.code) == ("failed", "READ_BACK")
     assert not list((tmp_path / "out").glob("case*"))

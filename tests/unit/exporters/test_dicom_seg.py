@@ -14,11 +14,14 @@ import pytest
 from pydicom.pixels import pixel_array
 
 from medseg.errors import ExportError
-from medseg.exporters import dicom_source
-from medseg.exporters.dicom_seg import write_seg
+from medseg.exporters import dicom_seg
+from medseg.exporters.dicom_seg import write_fractional, write_labelmap, write_seg
 from medseg.volume import Volume
 
 Build = Callable[..., Any]
+
+
+KINDS: dict[str, Callable[..., Any]] = {"seg": write_seg, "labelmap": write_labelmap, "fractional": write_fractional}
 
 
 def written(folder: Path, result: Any) -> pydicom.Dataset:
@@ -64,6 +67,105 @@ def test_every_voxel_lies_where_it_was(dicom_result: Build, dicom_grid: str, tmp
     theirs = np.argwhere(result.mask.array[0] == 1) @ result.mask.affine[:3, :3].T + result.mask.affine[:3, 3]
     assert {rounded(p) for p in ours} == {rounded(p) for p in theirs}
     assert volume.array.shape[0] == result.mask.shape[2], "no frame is left out"
+
+
+def test_a_labelmap_has_one_number_a_voxel(dicom_result: Build, dicom_grid: str, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in", dicom_grid)
+    assert write_labelmap(tmp_path / "x.dcm", result) == ("PRIVATE_CODE",)
+    dataset = pydicom.dcmread(tmp_path / "x.dcm")
+    assert (dataset.SegmentationType, dataset.NumberOfFrames, dataset.BitsAllocated) == ("LABELMAP", 9, 8)
+    assert not dataset.file_meta.TransferSyntaxUID.is_compressed, "DCMTK cannot read another"
+    places = positions(dataset)
+    for number, value in enumerate(result.spec.foreground.values(), start=1):
+        marked = {rounded(p) for p in places[pixel_array(dataset) == number]}
+        assert marked == expected(result.mask, value)
+    volume = highdicom.seg.segread(tmp_path / "x.dcm").get_volume(combine_segments=True)
+    assert [int((volume.array == n).sum()) for n in (1, 2, 3, 4)] == [
+        int((result.mask.array == v).sum()) for v in (1, 7, 3, 4)
+    ]
+
+
+def test_probabilities_lie_where_they_were(dicom_result: Build, dicom_grid: str, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in", dicom_grid)
+    write_fractional(tmp_path / "x.dcm", result)
+    dataset = pydicom.dcmread(tmp_path / "x.dcm")
+    assert (dataset.SegmentationType, dataset.SegmentationFractionalType) == ("FRACTIONAL", "PROBABILITY")
+    assert dataset.NumberOfFrames == 4 * 9
+    grid = result.mask
+    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1).reshape(-1, 3)
+    place = ((index @ grid.affine[:3, :3].T + grid.affine[:3, 3]) * [-1, -1, 1]).reshape(*grid.shape, 3)
+    numbers = [g.SegmentIdentificationSequence[0].ReferencedSegmentNumber for g in groups(dataset)]
+    for number, where, frame in zip(numbers, positions(dataset), pixel_array(dataset), strict=True):
+        k = int(np.argmin(np.linalg.norm(place[0, 0] - where[0, 0], axis=-1)))
+        assert np.abs(place[:, :, k].transpose(1, 0, 2) - where).max() < 1e-3
+        given = result.probabilities.array[number - 1, :, :, k].T
+        assert np.abs(frame / 255 - given).max() <= 0.5 / 255 + 1e-6
+    theirs = highdicom.seg.segread(tmp_path / "x.dcm").get_volume(rescale_fractional=True)
+    order = np.argsort([np.linalg.norm(place[0, 0] - p, axis=-1).argmin() for p in slices_of(theirs)])
+    soft = theirs.array[order].transpose(3, 2, 1, 0)
+    assert np.abs(soft - result.probabilities.array).max() <= 0.5 / 255 + 1e-6
+
+
+def slices_of(volume: Any) -> Any:
+    """Where the first pixel of each slice of highdicom's volume lies: it may number them the other way round."""
+    return np.arange(volume.array.shape[0])[:, None] * volume.affine[:3, 0] + volume.affine[:3, 3]
+
+
+def test_regions_keep_their_own_probabilities(dicom_result: Build, tmp_path: Path) -> None:
+    regions = {
+        "whole": {"labels": ["liver", "lesion"], "paint": "liver"},
+        "core": {"labels": ["lesion"], "paint": "lesion"},
+    }
+    result = dicom_result(tmp_path / "in", regions=regions)
+    assert result.probabilities.array.shape[0] == 2
+    write_fractional(tmp_path / "x.dcm", result)
+    whole, core = pydicom.dcmread(tmp_path / "x.dcm").SegmentSequence
+    assert (whole.SegmentLabel, code(whole)[::2]) == ("whole", ("99MEDSEG", "99MEDSEG"))
+    assert (core.SegmentLabel, code(core)[3]) == ("core", "52988006"), "a region of one label is that label"
+    write_seg(tmp_path / "y.dcm", result)
+    assert len(pydicom.dcmread(tmp_path / "y.dcm").SegmentSequence) == 4, "what is painted are labels"
+
+
+def test_kinds_are_objects_of_their_own(dicom_result: Build, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in")
+    uids, tracked = [], []
+    for name, write in KINDS.items():
+        for copy in "ab":
+            write(tmp_path / f"{name}-{copy}.dcm", result)
+        assert (tmp_path / f"{name}-a.dcm").read_bytes() == (tmp_path / f"{name}-b.dcm").read_bytes()
+        dataset = pydicom.dcmread(tmp_path / f"{name}-a.dcm")
+        uids += [dataset.SOPInstanceUID, dataset.SeriesInstanceUID]
+        tracked.append([s.TrackingUID for s in dataset.SegmentSequence if s.SegmentNumber])
+        write(tmp_path / "other.dcm", replace(result, model="beef" * 16))
+        other = pydicom.dcmread(tmp_path / "other.dcm")
+        assert (other.SOPInstanceUID, other.SeriesInstanceUID) not in (uids, uids[::-1])
+        uids += [other.SOPInstanceUID, other.SeriesInstanceUID]
+    assert len(set(uids)) == len(uids)
+    assert tracked[0] == tracked[1] == tracked[2], "one liver in all of them"
+
+
+def test_more_than_one_object_can_hold(dicom_result: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = dicom_result(tmp_path / "in")
+    monkeypatch.setattr(dicom_seg, "MAX_PIXEL_BYTES", 4 * 21 * 26 * 9 - 1)
+    with pytest.raises(ExportError, match="seg-labelmap") as caught:
+        write_fractional(tmp_path / "x.seg.dcm", result)
+    assert caught.value.code == "OBJECT_TOO_LARGE"
+    assert write_seg(tmp_path / "x.seg.dcm", result)
+
+
+def groups(dataset: pydicom.Dataset) -> Any:
+    return dataset.PerFrameFunctionalGroupsSequence
+
+
+def positions(dataset: pydicom.Dataset) -> Any:
+    """(frames, rows, columns, 3): where each pixel lies, mm in LPS, from the attributes of DICOM."""
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    cosines = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float)
+    down, across = map(float, shared.PixelMeasuresSequence[0].PixelSpacing)
+    rows, columns = np.mgrid[: dataset.Rows, : dataset.Columns][..., None]
+    plane = columns * across * cosines[:3] + rows * down * cosines[3:]
+    starts = [g.PlanePositionSequence[0].ImagePositionPatient for g in groups(dataset)]
+    return np.array(starts, float)[:, None, None] + plane
 
 
 def test_same_series_and_model_give_the_same_bytes(dicom_result: Build, tmp_path: Path) -> None:
@@ -201,9 +303,9 @@ def test_duplicate_files_count_once(dicom_result: Build, tmp_path: Path) -> None
     assert written(tmp_path, replace(result, series=series)).NumberOfFrames == 4 * 9
 
 
-def refused(path: Path, result: Any) -> str:
+def refused(path: Path, result: Any, write: Callable[..., Any] = write_seg) -> str:
     with pytest.raises(ExportError) as caught:
-        write_seg(path / "x.seg.dcm", result)
+        write(path / "x.seg.dcm", result)
     assert not list(path.glob("*.dcm")), "nothing is left"
     assert not list(path.glob(".partial*"))
     return caught.value.code
@@ -250,6 +352,9 @@ def flip_a_bit(dataset: pydicom.Dataset) -> None:
 
 
 def swap_segments(dataset: pydicom.Dataset) -> None:
+    if dataset.SegmentationType == "LABELMAP":
+        dataset.PixelData = dataset.PixelData.translate(bytes([0, 2, 1, *range(3, 256)]))
+        return
     for item in dataset.PerFrameFunctionalGroupsSequence:
         row = item.SegmentIdentificationSequence[0]
         row.ReferencedSegmentNumber = {1: 2, 2: 1}.get(row.ReferencedSegmentNumber, row.ReferencedSegmentNumber)
@@ -268,16 +373,22 @@ def lose_a_frame(dataset: pydicom.Dataset) -> None:
     del dataset.PerFrameFunctionalGroupsSequence[-1]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damage", [mirror, turn, respace, flip_a_bit, swap_segments, shift_a_slice, lose_a_frame])
 def test_a_wrong_file_is_never_left(
-    dicom_result: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[pydicom.Dataset], None]
+    dicom_result: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[pydicom.Dataset], None],
+    kind: str,
 ) -> None:
     result = dicom_result(tmp_path / "in")
-    finish = dicom_source.finish
+    build = dicom_seg.build_seg
 
-    def damaged(dataset: pydicom.Dataset, source: pydicom.Dataset) -> None:
-        finish(dataset, source)
+    def damaged(*args: Any, **kind: Any) -> pydicom.Dataset:
+        dataset = build(*args, **kind)
         damage(dataset)
+        return dataset
 
-    monkeypatch.setattr("medseg.exporters.dicom_seg.finish", damaged)
-    assert refused(tmp_path, result) == "READ_BACK"
+    monkeypatch.setattr(dicom_seg, "build_seg", damaged)
+    assert refused(tmp_path, result, KINDS[kind]) == "READ_BACK"

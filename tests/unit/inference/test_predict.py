@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medseg.errors import BundleError
-from medseg.inference.predict import Model, load_model, predict_volume
+from medseg.inference.predict import Model, load_model, predict_soft, predict_volume
 from medseg.volume import Volume, reorient
 
 Make = Callable[..., Any]
@@ -78,6 +78,22 @@ def test_neither_plan_nor_mirroring_moves_anything(
     model = threshold(orientation=orientation, spacing=turned.spacing, dimensions=dimensions, patch_size=patch)
     mask = predict_volume(model, scene(), mirror=mirror)
     assert np.array_equal(mask.array, expected(scene()))
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SLP", "AIR"])
+def test_probabilities_lie_on_the_grid_of_the_image(threshold: Callable[..., Model], codes: str) -> None:
+    image = reorient(scene(), codes)
+    model = threshold(spacing=reorient(scene(), "RAS").spacing)
+    mask, soft = predict_soft(model, image)
+    assert np.array_equal(mask.array, predict_volume(model, image).array)
+    assert soft.array.shape == (2, *image.shape)
+    assert soft.array.dtype == np.float32
+    assert soft.affine.tobytes() == image.affine.tobytes()
+    # in the logits of Threshold
+    logits = 10 * np.concatenate([1.5 - image.array, 1 - abs(image.array - 2) * 2, image.array - 2.5])
+    weights = np.exp(logits)
+    wanted = np.where(image.array == 0, 0, weights[1:] / weights.sum(0))
+    assert np.abs(soft.array - wanted).max() < 1e-5
 
 
 def test_resampled_masks_fit(threshold: Callable[..., Model]) -> None:
