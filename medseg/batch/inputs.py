@@ -142,7 +142,7 @@ def _dicom_inputs(path: Path) -> list[StudyInput]:
     found = scan(path)
     images = [row for row in found.series if row.refusal is None or row.refusal.code != "LOCALIZER"]
     rows = [
-        StudyInput(keyed_id("case", row.uid, row.part), (row.files[0].parent,), row, row.files[0].parent)
+        StudyInput(keyed_id("case", *row.identity), (row.files[0].parent,), row, row.files[0].parent)
         for row in images or found.series
     ]
     known = {file.parent for row in found.series for file in row.files}

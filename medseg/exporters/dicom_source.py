@@ -93,11 +93,17 @@ def source_images(result: Result) -> list[Dataset]:
 
     Raises
     ------
-    ExportError : NEEDS_DICOM; NOT_ON_SOURCE_GRID, the mask lies on another grid; SOURCE_CHANGED, a file of the
-        series is no longer what was read.
+    ExportError : NEEDS_DICOM; NEEDS_CLASSIC_SERIES, it is a multi-frame file; NOT_ON_SOURCE_GRID, the mask lies on
+        another grid; SOURCE_CHANGED, a file of the series is no longer what was read.
     """
     series = result.need_series()
-    headers = list({header.sop_uid: header for header in series.headers}.values())
+    headers = list({header.key: header for header in series.headers}.values())
+    if headers[0].frame is not None:
+        raise ExportError(
+            "the series is a multi-frame file, to whose frames these objects do not refer yet: write NIfTI, or give "
+            "the classic series",
+            code="NEEDS_CLASSIC_SERIES",
+        )
     grid = series_grid(headers)
     shape = (headers[0].columns, headers[0].rows, len(headers))
     if result.mask.shape != shape or grid_distance(shape, grid.affine, result.mask.affine) > ON_GRID_MM:
@@ -138,7 +144,8 @@ def _completed(image: Dataset) -> Dataset:
 def derived_uid(result: Result, *words: str) -> str:
     """Return a UID that depends on the instances of the series, the model and `words`, and on nothing else."""
     series = result.need_series()
-    content = hashlib.sha256("\n".join(sorted({header.sop_uid for header in series.headers})).encode()).hexdigest()
+    images = {h.sop_uid if h.frame is None else f"{h.sop_uid} {h.frame}" for h in series.headers}
+    content = hashlib.sha256("\n".join(sorted(images)).encode()).hexdigest()
     return str(generate_uid(entropy_srcs=[series.uid, content, result.model, *words]))
 
 

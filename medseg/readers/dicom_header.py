@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID
 
+from medseg.readers.dicom_frames import DIMENSIONS, GROUPS, classic_frames, may_have_frames
 from medseg.readers.dicom_tags import CHUNKS, read_tags, wanted_tags
 
 PARSE_ERRORS = (
@@ -45,11 +46,13 @@ TELLING = (
     "EchoNumbers",
     "EchoTime",
     "DiffusionBValue",
+    "DiffusionGradientOrientation",
     "InversionTime",
     "FlipAngle",
     "TriggerTime",
     "FrameReferenceTime",
     "ConvolutionKernel",
+    "ComplexImageComponent",
     "ImageType",
     "AcquisitionTime",
     "ContentTime",
@@ -61,18 +64,23 @@ KEYWORDS = (
     *("Modality", "Manufacturer", "Units", "ImageType", "InstanceNumber", "ModalityLUTSequence"),
     *("RescaleSlope", "RescaleIntercept"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
-    *("PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"),
+    *("PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "StackID"),
 )
-TAGS: list[Any] = [*dict.fromkeys([*KEYWORDS, *TELLING])]
-WANTED = wanted_tags(TAGS)
+INHERITED = tuple(dict.fromkeys([*KEYWORDS, *TELLING]))
+"""What a frame has from its file where its functional groups do not say it."""
+TAGS: list[Any] = [*INHERITED, *GROUPS, DIMENSIONS]
+WANTED = wanted_tags(INHERITED)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is asked of one file.
+    """What is asked of one file, or of one frame of a file.
 
     Attributes
     ----------
+    frame : which frame of its file this is, from 0; None for a whole file.
+    stack : the name of the stack that a frame says it belongs to, else "".
+    expanded : the frames of a multi-frame file whose functional groups could be read.
     orientation : direction cosines of a row and a column, LPS, six numbers; None when absent or not six.
     position : centre of the first pixel, mm in LPS; None when absent.
     spacing : distance between rows, then between columns, in mm; None when absent.
@@ -105,6 +113,14 @@ class Header:
     frame_of_reference: str = field(repr=False)
     telling: dict[str, str] = field(repr=False)
     damaged: str = ""
+    frame: int | None = None
+    stack: str = field(default="", repr=False)
+    expanded: tuple[Header, ...] = field(default=(), repr=False)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What makes an image the same wherever it lies: its SOP instance and its frame (-1 for the whole)."""
+        return self.sop_uid, -1 if self.frame is None else self.frame
 
     @property
     def class_name(self) -> str:
@@ -161,13 +177,34 @@ def read_header(path: Path) -> Header | None:
         raise InvalidDicomError("it is called DICOM and holds something else")
     if not marked and not bare:
         return None
-    # Both answer `get`, `in` and `file_meta`.
-    dataset: Any = tags or pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+    # Both answer `get`, `in` and `file_meta`; functional groups are for pydicom.
+    dataset: Any = None if tags is None or may_have_frames(str(tags.get("SOPClassUID"))) else tags
+    if dataset is None:
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
     sop_class = _class_of(dataset)
     belongs = bool(dataset.get("SeriesInstanceUID")) and bool(sop_class)
     if marked and not belongs and "Image Storage" in (known_class(sop_class) or "Image Storage"):
         raise EOFError("the header ends before it says which series the image belongs to")
-    return header_of(dataset, path, sop_class) if marked or belongs else None
+    return _with_frames(dataset, path, sop_class) if marked or belongs else None
+
+
+def _with_frames(dataset: Dataset, path: Path, sop_class: str) -> Header:
+    """Return the header of a file, and in it those of its frames where it has any."""
+    header = header_of(dataset, path, sop_class)
+    if not may_have_frames(sop_class) or not dataset.get(GROUPS[1]):
+        return header
+    try:
+        frames = list(classic_frames(dataset, INHERITED))
+    except PARSE_ERRORS:
+        return replace(header, damaged=header.damaged or GROUPS[1])
+    return replace(header, expanded=tuple(_frame(header, number, *frame, path) for number, frame in enumerate(frames)))
+
+
+def _frame(header: Header, number: int, dataset: Dataset, dimensions: dict[str, str], path: Path) -> Header:
+    found = header_of(dataset, path, header.sop_class)
+    # The file of a frame tells time points apart where a scanner writes one file each and counts none of them.
+    telling = found.telling | dimensions | {"SOPInstanceUID": header.sop_uid}
+    return replace(found, frame=number, instance=f"{found.instance}, frame {number + 1}", telling=telling)
 
 
 def _is_slice_name(name: str) -> bool:
@@ -244,6 +281,7 @@ def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
         frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
         telling={word: _text(dataset, word) for word in TELLING if word in dataset},
         damaged=", ".join(damaged),
+        stack=_text(dataset, "StackID"),
     )
 
 

@@ -1,8 +1,10 @@
-"""The pixels of one classic single-frame DICOM file as values in their unit (HU, Bq/mL, arbitrary for MR)."""
+"""The pixels of slices, each a DICOM file or a frame of one, as values in their unit (HU, Bq/mL, arbitrary for MR)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from medseg.readers.dicom_frames import frame_datasets
 from medseg.readers.dicom_header import PARSE_ERRORS, Header
 from medseg.readers.dicom_refusals import refuse
 
@@ -38,22 +41,63 @@ class Pixels:
     padding: NDArray[np.bool_] | None
 
 
-def read_pixels(header: Header) -> Pixels:
-    """Read, check and decode one slice; call inside `quiet`.
+def read_slices(headers: Sequence[Header]) -> Iterator[tuple[int, Pixels]]:
+    """Read, check and decode slices, each file once; call inside `quiet`.
+
+    Yields
+    ------
+    int, Pixels
+        Which of `headers`, and its pixels; file by file, not in their order.
 
     Raises
     ------
     ReadError : TRUNCATED, LENGTH_MISMATCH, NO_DECODER or UNREADABLE.
     """
+    files: dict[Path, list[int]] = {}
+    for index, header in enumerate(headers):
+        files.setdefault(header.path, []).append(index)
+    for indices in files.values():
+        if headers[indices[0]].frame is None:
+            yield from ((index, read_pixels(headers[index])) for index in indices)
+            continue
+        indices.sort(key=lambda index: headers[index].key)
+        datasets = _frames_of([headers[index] for index in indices])
+        for index in indices:
+            yield index, _guarded(datasets, headers[index])
+
+
+def read_pixels(header: Header) -> Pixels:
+    """Read, check and decode the slice of a single-frame file; call inside `quiet`.
+
+    Raises
+    ------
+    ReadError : TRUNCATED, LENGTH_MISMATCH, NO_DECODER or UNREADABLE.
+    """
+    return _guarded((pydicom.dcmread(path, force=True) for path in [header.path]), header)
+
+
+def _frames_of(headers: Sequence[Header]) -> Iterator[Dataset]:
+    """Yield the frames of one file, each as a single-frame data set."""
+    first = headers[0]
+    size = first.rows * first.columns * first.bits * first.samples // 8
+    frames = [header.frame or 0 for header in headers]
+    return frame_datasets(first.path, frames, size=size, count=first.frames)
+
+
+def _guarded(datasets: Iterator[Dataset], header: Header) -> Pixels:
+    """Turn the next data set into values; what goes wrong gets the code of its kind."""
     try:
-        dataset = pydicom.dcmread(header.path, force=True)
-        stored = stored_values(dataset, header)
-        padding = _padding(dataset, stored)
+        return _values(next(datasets), header)
     except EOFError as error:
         raise refuse("TRUNCATED", f"instance {header.instance} ends inside its pixels") from error
     except PARSE_ERRORS as error:
         kind = "too deeply nested" if isinstance(error, RecursionError) else f"{type(error).__name__} while decoding"
         raise refuse("UNREADABLE", f"the pixels of instance {header.instance} cannot be read ({kind})") from error
+
+
+def _values(dataset: Dataset, header: Header) -> Pixels:
+    stored = stored_values(dataset, header)
+    padding = _padding(dataset, stored)
     slope, intercept = header.rescale or (1.0, 0.0)
     values = stored.astype(np.float64) * slope + intercept
     return Pixels(values.T, None if padding is None else padding.T)

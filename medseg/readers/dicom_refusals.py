@@ -27,7 +27,9 @@ REFUSALS: dict[str, Kind] = {
     "BAD_RESCALE": Kind(ReadError, "the values cannot be brought to their unit: " + _EXPORT),
     "COLOUR": Kind(ReadError, "colour pictures have no intensities to learn from: give the original series"),
     "DUPLICATE_POSITION": Kind(GeometryError, "keep the right one of the slices that share a position"),
-    "ENHANCED_MULTIFRAME": Kind(ReadError, "export it as classic single-frame images, or convert it with dcm2niix"),
+    "ENHANCED_MULTIFRAME": Kind(
+        ReadError, "where its frames lie is not said for each of them: export it as enhanced or single-frame images"
+    ),
     "GANTRY_TILT": Kind(GeometryError, "resample it to an upright grid first (dcm2niix writes a _Tilt file)"),
     "IRREGULAR_SPACING": Kind(GeometryError, "reconstruct with even spacing, or resample it first"),
     "LENGTH_MISMATCH": Kind(ReadError, "the pixels do not fit the declared size: " + _EXPORT),

@@ -1,4 +1,4 @@
-"""Read one classic DICOM series (CT, MR, PET; one file per slice) as a Volume, exactly or not at all.
+"""Read one DICOM series (CT, MR, PET; a file per slice or many frames in one) as a Volume, exactly or not at all.
 
 Never silently wrong: order and affine come from positions and directions only, values from each slice's own rescale,
 and whatever is irregular is refused with a code (docs/reference/reason-codes.md).
@@ -6,6 +6,7 @@ and whatever is irregular is refused with a code (docs/reference/reason-codes.md
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from medseg.readers.dicom_geometry import series_grid
 from medseg.readers.dicom_header import Header, quiet
 from medseg.readers.dicom_index import SeriesFiles
-from medseg.readers.dicom_pixels import read_pixels
+from medseg.readers.dicom_pixels import Pixels, read_slices
 from medseg.readers.dicom_refusals import refuse
 from medseg.readers.dicom_scan import Found, scan
 from medseg.volume import Volume
@@ -95,7 +96,7 @@ def _only(found: Found) -> SeriesFiles:
 
 
 def _describe(series: SeriesFiles) -> str:
-    return f"{len(series.files)} slices of {series.headers[0].columns}x{series.headers[0].rows}"
+    return f"{len(series.headers)} slices of {series.headers[0].columns}x{series.headers[0].rows}"
 
 
 def _what_differs(series: Sequence[SeriesFiles], code: str) -> str:
@@ -107,18 +108,26 @@ def _what_differs(series: Sequence[SeriesFiles], code: str) -> str:
 
 
 def _each_once(headers: Sequence[Header]) -> tuple[list[Header], list[Header]]:
-    """Return the first file of each SOP instance, and the further ones."""
-    first: dict[str, Header] = {}
-    further = [header for header in headers if first.setdefault(header.sop_uid, header) is not header]
+    """Return the first image of each SOP instance and frame, and the further ones."""
+    first: dict[tuple[str, int], Header] = {}
+    further = [header for header in headers if first.setdefault(header.key, header) is not header]
     return list(first.values()), further
 
 
 def _check_duplicates(duplicates: Sequence[Header], headers: Sequence[Header]) -> None:
     """Refuse a second file of an instance with other pixels than the first; their places agree."""
-    first = {header.sop_uid: header for header in headers}
-    for header in duplicates:
-        if not np.array_equal(read_pixels(header).values, read_pixels(first[header.sop_uid]).values):
-            raise refuse("DUPLICATE_POSITION", f"instance {header.instance} is there twice, with different pixels")
+    doubled = {header.key for header in duplicates}
+    firsts = [header for header in headers if header.key in doubled]
+    known = {firsts[index].key: _digest(pixels) for index, pixels in read_slices(firsts)}
+    for index, pixels in read_slices(duplicates):
+        if _digest(pixels) != known[duplicates[index].key]:
+            text = f"instance {duplicates[index].instance} is there twice, with different pixels"
+            raise refuse("DUPLICATE_POSITION", text)
+
+
+def _digest(pixels: Pixels) -> bytes:
+    content = np.ascontiguousarray(pixels.values)
+    return hashlib.sha256(repr(content.shape).encode() + content.tobytes()).digest()
 
 
 def _stack(headers: Sequence[Header]) -> tuple[NDArray[np.float32], bool]:
@@ -127,9 +136,8 @@ def _stack(headers: Sequence[Header]) -> tuple[NDArray[np.float32], bool]:
     array = np.empty((1, len(headers), first.rows, first.columns), np.float32).transpose(0, 3, 2, 1)
     padded: dict[int, NDArray[np.bool_]] = {}
     lowest = np.inf
-    for k, header in enumerate(headers):
-        pixels = read_pixels(header)
-        _check_shape(pixels.values.shape, header)
+    for k, pixels in read_slices(headers):
+        _check_shape(pixels.values.shape, headers[k])
         array[0, :, :, k] = pixels.values
         real = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
         lowest = min(lowest, float(real.min())) if real.size else lowest

@@ -560,6 +560,53 @@ def test_time_points_are_split_and_each_is_read(series: list[Path]) -> None:
         read_series(series[0].parent)
 
 
+def third_series(paths: list[Path], count: int, **tags: object) -> None:
+    """Images of the first `count` places more, told apart by `tags`."""
+    for number, path in enumerate(paths[:count]):
+        target = path.with_name(f"third{number}")
+        shutil.copy(path, target)
+        edit(target, renew)
+        for keyword, value in tags.items():
+            edit(target, put(keyword, value))
+
+
+@pytest.mark.parametrize("word", ["TemporalPositionIdentifier", "EchoTime", "AcquisitionNumber"])
+@pytest.mark.parametrize("count", [7, 5, 1])
+def test_an_incomplete_time_point_is_refused_and_the_others_are_read(series: list[Path], word: str, count: int) -> None:
+    second_series(series, **{word: 2})
+    third_series(series, count, **{word: 3})
+    assert parts(series[0].parent) == [
+        (count, "MIXED_SERIES", "SINGLE_SLICE" if count == 1 else "MISSING_SLICES"),
+        (8, "MIXED_SERIES", ""),
+        (8, "MIXED_SERIES", ""),
+    ]
+
+
+def test_acquisitions_that_overlap_are_split_and_each_is_read(series: list[Path]) -> None:
+    for number, path in enumerate(series):
+        target = path.with_name(f"second{number}")
+        shutil.copy(path, target)
+        edit(target, renew)
+        edit(target, shift((0, 0, 10)))
+        edit(target, put("AcquisitionNumber", 2))
+    assert parts(series[0].parent) == [(8, "MIXED_SERIES", ""), (8, "MIXED_SERIES", "")]
+
+
+def test_echoes_of_time_points_are_split(series: list[Path]) -> None:
+    for number, path in enumerate(list(series)):
+        for time, echo in ((1, 2), (2, 1), (2, 2)):
+            target = path.with_name(f"more{number}{time}{echo}")
+            shutil.copy(path, target)
+            edit(target, renew)
+            edit(target, put("TemporalPositionIdentifier", time))
+            edit(target, put("EchoNumbers", echo))
+            edit(target, put("ContentTime", f"12000{time}.{number}{echo}"))
+        edit(path, put("TemporalPositionIdentifier", 1))
+        edit(path, put("EchoNumbers", 1))
+    assert parts(series[0].parent) == [(8, "MIXED_SERIES", "")] * 4
+    assert len({entry.identity for entry in find_series(series[0].parent)}) == 4
+
+
 def test_matrix_sizes_are_split(series: list[Path]) -> None:
     mixed_matrix(series)
     assert parts(series[0].parent) == [(4, "MIXED_MATRIX", ""), (4, "MIXED_MATRIX", "")]
