@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from monai.losses import DiceLoss
+from monai.losses import DiceLoss, FocalLoss, TverskyLoss
 from torch import Tensor
 
-from medseg.losses import LOSSES, cross_entropy_loss, deep_supervision, dice_ce_loss, dice_loss
+from medseg.losses import LOSSES, deep_supervision, dice_ce_loss
+from medseg.losses.entropy import cross_entropy_loss, focal_loss, top_k_loss
+from medseg.losses.overlap import dice_loss, dice_sample_loss, generalized_dice_loss, tversky_loss
+from medseg.losses.shape import (
+    border_weights,
+    boundary_loss,
+    cl_dice_loss,
+    signed_distances,
+    soft_skeleton,
+)
 
 EVERY = pytest.mark.parametrize("name", list(LOSSES))
 KINDS = pytest.mark.parametrize("exclusive", [True, False], ids=["classes", "regions"])
@@ -223,3 +233,115 @@ def test_deep_supervision_accepts_half_precision() -> None:
     _, target, valid = problem(True, batch=1, size=(8, 8))
     value = deep_supervision(dice_ce_loss, [x.bfloat16() for x in levels_of((8, 8))], target, valid, True)
     assert value.dtype == torch.float32
+
+
+def test_dice_of_each_sample_is_monai_s() -> None:
+    logits, target, _ = problem(True, batch=3)
+    valid = torch.ones(3, 1, 4, 5, 3, dtype=torch.bool)
+    oracle = DiceLoss(include_background=False, softmax=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    assert torch.allclose(dice_sample_loss(logits, target, valid, True), oracle(logits, target), atol=1e-6)
+
+
+def test_tversky_is_monai_s_and_half_is_dice() -> None:
+    logits, target, valid = problem(True)
+    oracle = TverskyLoss(
+        include_background=False, softmax=True, alpha=0.3, beta=0.7, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
+    )
+    assert torch.allclose(tversky_loss(logits, target, valid, True), oracle(logits, target), atol=1e-6)
+    half = tversky_loss(logits, target, valid, True, false_positive=0.5)
+    assert torch.allclose(half, dice_loss(logits, target, valid, True), atol=1e-5)
+
+
+def test_generalized_dice_by_hand() -> None:
+    # Three voxels; background p 1/2 1/2 1/4, reference 1 1 0 (weight 1/4); label p 1/2 1/2 3/4, reference 0 0 1.
+    logits = torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, math.log(3)]]])
+    target = torch.tensor([[[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    overlap, total = 1 / 4 * 1 + 3 / 4, 1 / 4 * (1.25 + 2) + (1.75 + 1)
+    value = generalized_dice_loss(logits, target, torch.ones(1, 1, 3, dtype=torch.bool), True)
+    assert float(value) == pytest.approx(1 - 2 * overlap / total, abs=1e-5)
+
+
+@KINDS
+def test_focal_is_monai_s(exclusive: bool) -> None:
+    logits, target, valid = problem(exclusive)
+    oracle = FocalLoss(include_background=True, gamma=2.0, use_softmax=exclusive, reduction="none")(logits, target)
+    expected = oracle.sum(1).mean() if exclusive else oracle.mean()
+    assert torch.allclose(focal_loss(logits, target, valid, exclusive), expected, atol=1e-6)
+
+
+def test_top_k_is_the_mean_of_the_hardest_tenth() -> None:
+    logits, target, valid = problem(True)
+    valid[:, :, 0] = False
+    each = torch.nn.functional.cross_entropy(logits, target.argmax(1), reduction="none")[valid[:, 0]]
+    expected = sum(sorted(each.tolist())[-9:]) / 9  # of 90 voxels
+    assert float(top_k_loss(logits, target, valid, True)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_signed_distances_by_hand() -> None:
+    target = torch.tensor([0.0, 0, 1, 1, 1, 0, 0, 0]).reshape(1, 1, 8, 1)
+    found = signed_distances(target)[0, 0, :, 0] * math.hypot(8, 1)
+    assert torch.allclose(found, torch.tensor([2.0, 1, -1, -2, -1, 1, 2, 3]))
+    assert (signed_distances(torch.zeros(1, 1, 4, 4)) == 1).all()
+    assert (signed_distances(torch.ones(1, 1, 4, 4)) == -1).all()
+
+
+def test_boundary_costs_more_the_farther_a_mistake_lies() -> None:
+    target = torch.zeros(1, 2, 12, 12)
+    target[0, 1, 4:7, 4:7] = 1
+    target[0, 0] = 1 - target[0, 1]
+    valid = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+
+    def cost(row: int) -> float:
+        wrong = target.clone()
+        wrong[0, :, row, 5] = torch.tensor([0.0, 1.0])
+        return float(boundary_loss((wrong - 0.5) * 60, target, valid, True))
+
+    costs = [cost(row) for row in (7, 8, 9, 10, 11)]
+    assert costs == sorted(costs)
+    assert 0 < costs[0] < costs[-1] / 3
+
+
+def test_border_weights_are_the_paper_s() -> None:
+    mask = np.zeros((9, 14), bool)
+    mask[2:7, 1:5], mask[2:7, 8:12], mask[8, 13] = True, True, True
+    cells = [np.argwhere(mask & region) for region in _thirds(mask.shape)]
+    found = border_weights(mask)
+    for place in np.ndindex(mask.shape):
+        near = sorted(float(np.linalg.norm(cell - place, axis=1).min()) for cell in cells)
+        expected = 1.0 if mask[place] else 1 + 10 * math.exp(-((near[0] + near[1]) ** 2) / 50)
+        assert found[place] == pytest.approx(expected, rel=1e-5)
+    assert (border_weights(mask & _thirds(mask.shape)[0]) == 1).all()
+
+
+def _thirds(shape: tuple[int, int]) -> np.ndarray:
+    """Masks (3, *shape) of where each of the three cells lies."""
+    rows, columns = np.indices(shape)
+    return np.stack([columns < 6, (columns >= 6) & (rows < 8), (columns >= 6) & (rows == 8)])
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_soft_skeleton_of_a_bar_is_its_middle(dims: int) -> None:
+    bar = torch.zeros(1, 1, *(15,) * dims)
+    middle: tuple[slice | int, ...] = (slice(None), *(7,) * (dims - 1))
+    bar[(0, 0, slice(2, 13), *(slice(6, 9),) * (dims - 1))] = 1
+    skeleton = soft_skeleton(bar)[0, 0]
+    assert skeleton[middle][4:11].min() > 0.99
+    away = skeleton.clone()
+    away[middle] = 0
+    assert away[4:11].max() == 0
+
+
+def test_cl_dice_sees_a_broken_line_that_dice_hardly_sees() -> None:
+    target = torch.zeros(1, 2, 16, 32)
+    target[0, 1, 7:10] = 1
+    target[0, 0] = 1 - target[0, 1]
+    broken, thin = target.clone(), target.clone()
+    broken[0, :, 7:10, 15:17] = torch.tensor([1.0, 0.0])[:, None, None]
+    thin[0, :, 9, :6] = torch.tensor([1.0, 0.0])[:, None]  # as many voxels, but the line holds
+    valid = torch.ones(1, 1, 16, 32, dtype=torch.bool)
+    values = {
+        name: [float(loss((wrong - 0.5) * 60, target, valid, True)) for wrong in (broken, thin)]
+        for name, loss in (("dice", dice_loss), ("cldice", cl_dice_loss))
+    }
+    assert values["dice"][0] == pytest.approx(values["dice"][1], abs=1e-6)
+    assert values["cldice"][0] > 1.5 * values["cldice"][1]

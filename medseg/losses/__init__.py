@@ -13,42 +13,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medseg.losses.entropy import cross_entropy_loss, focal_loss, top_k_loss
+from medseg.losses.overlap import dice_loss, dice_sample_loss, generalized_dice_loss, tversky_loss
+from medseg.losses.shape import border_ce_loss, boundary_loss, cl_dice_loss
 from medseg.registry import Registry
 
 Loss = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
-def dice_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
-    """1 - soft Dice, over the whole batch as one volume, mean over the foreground channels (Drozdzal 2016).
+def compound(*losses: Loss) -> Loss:
+    """Return the sum of losses."""
 
-    Empty-safe: a channel without reference and prediction costs nothing.
-    """
-    probability = logits.softmax(1) if exclusive else logits.sigmoid()
-    first = 1 if exclusive else 0
-    mask = valid.to(probability.dtype)
-    probability, target = probability[:, first:] * mask, target[:, first:] * mask
-    axes = [0, *range(2, logits.ndim)]
-    overlap = (probability * target).sum(axes)
-    total = probability.sum(axes) + target.sum(axes)
-    return 1 - ((2 * overlap + 1e-5) / (total + 1e-5)).mean()
+    def total(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
+        return torch.stack([loss(logits, target, valid, exclusive) for loss in losses]).sum()
+
+    return total
 
 
-def cross_entropy_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
-    """Cross-entropy (binary for regions), mean over the voxels that count; 0 where none does."""
-    if exclusive:
-        each = -(target * logits.log_softmax(1)).sum(1, keepdim=True)
-    else:
-        each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1, keepdim=True)
-    count = valid.sum().clamp(min=1)
-    return torch.where(valid, each, each.new_zeros(())).sum() / count
+dice_ce_loss = compound(dice_loss, cross_entropy_loss)
+"""Isensee et al. 2021."""
 
-
-def dice_ce_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
-    """Sum of dice_loss and cross_entropy_loss (Isensee et al. 2021)."""
-    return dice_loss(logits, target, valid, exclusive) + cross_entropy_loss(logits, target, valid, exclusive)
-
-
-LOSSES: Registry[Loss] = Registry("losses", {"dice_ce": dice_ce_loss, "dice": dice_loss, "ce": cross_entropy_loss})
+LOSSES: Registry[Loss] = Registry(
+    "losses",
+    {
+        "dice_ce": dice_ce_loss,
+        "dice": dice_loss,
+        "dice_sample": dice_sample_loss,
+        "ce": cross_entropy_loss,
+        "focal": focal_loss,
+        "tversky": tversky_loss,
+        "generalized_dice": generalized_dice_loss,
+        "top_k": top_k_loss,
+        "border_ce": border_ce_loss,
+        "dice_focal": compound(dice_loss, focal_loss),
+        "dice_top_k": compound(dice_loss, top_k_loss),
+        "dice_ce_boundary": compound(dice_loss, cross_entropy_loss, boundary_loss),
+        "dice_ce_cldice": compound(dice_loss, cross_entropy_loss, cl_dice_loss),
+        "tversky_ce": compound(tversky_loss, cross_entropy_loss),
+    },
+)
 
 
 def deep_supervision(loss: Loss, levels: list[Tensor], target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:
