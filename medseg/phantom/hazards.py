@@ -211,7 +211,7 @@ READ: dict[str, Hazard] = {
     "CT without rescale": _read(d.each(d.without_rescale), "NO_RESCALE"),
     "signed 14 bits, dirty high bits": _read(d.each(d.fourteen_bits)),
     "unsigned 16 bits": _read(d.each(d.unsigned)),
-    "real-world value map beside the rescale": _read(d.each(d.real_world_map)),
+    "real-world value map beside the rescale": _read(d.each(d.real_world_map), "REAL_WORLD_MAP"),
     "derived": _read(d.each(d.put(ImageType=["DERIVED", "SECONDARY"])), "DERIVED"),
     "no extension, text file beside": _read(
         lambda paths: (paths[0].rename(paths[0].with_suffix("")), paths[0].with_name("x.txt").write_text("no"))

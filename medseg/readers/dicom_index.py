@@ -128,7 +128,11 @@ def _check_kind(headers: Sequence[Header]) -> None:
         ),
         "UNSUPPORTED_CLASS": (not _is_readable(first), f"{first.class_name} is not read as a volume"),
         "MOSAIC": (any("MOSAIC" in header.image_type for header in headers), "each image holds many slices"),
-        "MODALITY_LUT": (any(header.modality_lut for header in headers), "values go through a lookup table"),
+        "MODALITY_LUT": (
+            # CT and PET must have slope and intercept; a table gives no values below zero, so no HU (PS3.3 C.11.1)
+            any(header.modality_lut and (header.modality != "MR" or header.rescale) for header in headers),
+            "values go through a lookup table",
+        ),
     }
     for code, (found, text) in facts.items():
         if found:

@@ -25,6 +25,7 @@ _EXPORT = "export the series again from the PACS or scanner"
 REFUSALS: dict[str, Kind] = {
     "BAD_ORIENTATION": Kind(GeometryError, "the directions of rows and columns are damaged: " + _EXPORT),
     "BAD_RESCALE": Kind(ReadError, "the values cannot be brought to their unit: " + _EXPORT),
+    "CODESTREAM_MISMATCH": Kind(ReadError, "the compressed pixels do not fit their header: " + _EXPORT),
     "COLOUR": Kind(ReadError, "colour pictures have no intensities to learn from: give the original series"),
     "DUPLICATE_POSITION": Kind(GeometryError, "keep the right one of the slices that share a position"),
     "ENHANCED_MULTIFRAME": Kind(
@@ -41,12 +42,14 @@ REFUSALS: dict[str, Kind] = {
     "MIXED_SERIES": Kind(GeometryError, _SPLIT),
     "MIXED_SPACING": Kind(GeometryError, _SPLIT),
     "MODALITY_LUT": Kind(
-        ReadError, "values by lookup table are not supported: export with rescale slope and intercept"
+        ReadError, "lookup tables are read for MR without rescale only: export with rescale slope and intercept"
     ),
     "MOSAIC": Kind(ReadError, "convert it with dcm2niix first"),
     "MULTIPLE_SERIES": Kind(ReadError, "read them one by one: find_series() lists them"),
     "NOT_AN_IMAGE": Kind(ReadError, "give a CT, MR or PET series"),
-    "NO_DECODER": Kind(ReadError, "install the decoder (`pip install python-gdcm` knows most), or export uncompressed"),
+    "NO_DECODER": Kind(
+        ReadError, "install medseg again with its decoders (python-gdcm among them), or export uncompressed"
+    ),
     "NO_PIXEL_SPACING": Kind(
         GeometryError, "the size of a pixel in the patient is unknown and is never guessed: " + _EXPORT
     ),

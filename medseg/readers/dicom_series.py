@@ -39,8 +39,8 @@ def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int =
     Volume
         array (1, I, J, K) float32: I along a row (column index), J down the rows, K along cross(row, column); values
         in HU for CT, the stored unit for MR and PET. affine exact from position, directions and spacing, RAS+ mm.
-        notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, NO_FRAME_OF_REFERENCE, NO_RESCALE and RESCALE_VARIES
-        (CT), PADDING_MASKED.
+        notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, LOSSY, NOT_HU (CT), NO_FRAME_OF_REFERENCE, NO_RESCALE
+        and RESCALE_VARIES (CT), PADDING_MASKED, REAL_WORLD_MAP.
         meta: Modality, Manufacturer, Units when present; no free text.
 
     Raises
@@ -66,15 +66,14 @@ def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int =
     ordered = [headers[index] for index in grid.order]
     with quiet():
         _check_duplicates(duplicates, headers)
-        array, masked = _stack(ordered)
+        array, seen = _stack(ordered)
     notes += ["DERIVED"] * ("DERIVED" in headers[0].image_type)
     notes += ["DUPLICATES_DROPPED"] * bool(duplicates)
     notes += ["NO_FRAME_OF_REFERENCE"] * (not headers[0].frame_of_reference)
     if headers[0].modality == "CT":
         notes += ["NO_RESCALE"] * (headers[0].rescale is None)
         notes += ["RESCALE_VARIES"] * (len({header.rescale for header in headers}) > 1)
-    notes += ["PADDING_MASKED"] * masked
-    return Volume(array, grid.affine, notes=tuple(sorted(notes)), meta=dict(headers[0].meta))
+    return Volume(array, grid.affine, notes=tuple(sorted({*notes, *seen})), meta=dict(headers[0].meta))
 
 
 def _only(found: Found) -> SeriesFiles:
@@ -130,25 +129,25 @@ def _digest(pixels: Pixels) -> bytes:
     return hashlib.sha256(repr(content.shape).encode() + content.tobytes()).digest()
 
 
-def _stack(headers: Sequence[Header]) -> tuple[NDArray[np.float32], bool]:
-    """Read the slices in order into (1, I, J, K); padding becomes the lowest real value. Also: was any masked."""
+def _stack(headers: Sequence[Header]) -> tuple[NDArray[np.float32], set[str]]:
+    """Read the slices in order into (1, I, J, K); padding becomes the lowest real value. Also: what to note."""
     first = headers[0]
     array = np.empty((1, len(headers), first.rows, first.columns), np.float32).transpose(0, 3, 2, 1)
     padded: dict[int, NDArray[np.bool_]] = {}
+    notes: set[str] = set()
     lowest = np.inf
     for k, pixels in read_slices(headers):
-        _check_shape(pixels.values.shape, headers[k])
+        notes |= pixels.notes
         array[0, :, :, k] = pixels.values
         real = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
         lowest = min(lowest, float(real.min())) if real.size else lowest
         if pixels.padding is not None:
             padded[k] = pixels.padding
     fill = np.float32(_fill(lowest, first.modality))
-    masked = False
     for k, where in padded.items():
-        masked |= bool((array[0, :, :, k][where] != fill).any())
+        notes |= {"PADDING_MASKED"} if (array[0, :, :, k][where] != fill).any() else set()
         array[0, :, :, k][where] = fill
-    return array, masked
+    return array, notes
 
 
 def _fill(lowest: float, modality: str) -> float:
@@ -156,9 +155,3 @@ def _fill(lowest: float, modality: str) -> float:
     if not np.isfinite(lowest):
         return AIR_HU if modality == "CT" else 0.0
     return lowest if modality == "CT" else min(lowest, 0.0)
-
-
-def _check_shape(shape: tuple[int, ...], header: Header) -> None:
-    """Refuse a compressed picture whose own size is not the declared one."""
-    if shape != (header.columns, header.rows):
-        raise refuse("LENGTH_MISMATCH", f"instance {header.instance} decodes to another size than it declares")

@@ -446,6 +446,11 @@ def lookup(dataset: Dataset) -> None:
     dataset.ModalityLUTSequence = Sequence([Dataset()])
 
 
+def fewer_bits(paths: list[Path]) -> None:
+    compress(paths, JPEGLSLossless)
+    edit(paths[3], lambda dataset: (put("BitsStored", 8)(dataset), put("HighBit", 7)(dataset)))
+
+
 def unknown_syntax(paths: list[Path]) -> None:
     compress(paths, RLELossless)
     edit(paths[3], lambda dataset: setattr(dataset.file_meta, "TransferSyntaxUID", "1.2.840.10008.1.2.4.100"))
@@ -515,6 +520,7 @@ REFUSED: dict[str, tuple[str, Callable[[list[Path]], object]]] = {
     "lookup table": ("MODALITY_LUT", each(lookup)),
     "one slice without rescale": ("BAD_RESCALE", one(drop("RescaleSlope", "RescaleIntercept"))),
     "slope zero": ("BAD_RESCALE", one(put("RescaleSlope", 0))),
+    "compressed with more bits than declared": ("CODESTREAM_MISMATCH", fewer_bits),
     "no decoder": ("NO_DECODER", unknown_syntax),
     "nested sequences": ("UNREADABLE", nested),
     "no bits declared": ("UNREADABLE", one(drop("BitsStored"))),
