@@ -43,6 +43,50 @@ class Grid:
     affine: Affine
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Parallel slices in order, each where its own position says, evenly spaced or not.
+
+    Attributes
+    ----------
+    order : indices into the headers, along the normal cross(row, column).
+    size : (columns, rows) of a slice.
+    spacing : mm between columns and between rows: along I and along J.
+    axes : (3, 3) unit directions in LPS: of a row, of a column, and the normal.
+    positions : (N, 3) centre of the first pixel of each slice in this order, mm in LPS.
+    """
+
+    order: tuple[int, ...]
+    size: tuple[int, int]
+    spacing: tuple[float, float]
+    axes: NDArray[np.float64]
+    positions: Positions
+
+    @property
+    def offsets(self) -> Positions:
+        """(N, 3) mm along row, column and normal from the first slice to each."""
+        return np.asarray((self.positions - self.positions[0]) @ np.linalg.inv(self.axes))
+
+    @property
+    def tilt(self) -> float:
+        """Degrees by which the line from the first to the last slice leans against the normal."""
+        aside = self.offsets[-1]
+        return float(np.degrees(np.arctan2(np.linalg.norm(aside[:2]), aside[2])))
+
+    @property
+    def affine(self) -> Affine:
+        """(4, 4), index -> mm in RAS+ where every slice lies an even step further; sheared where the stack leans.
+
+        It is true of every slice only if `faults` finds nothing but a tilt.
+        """
+        affine = np.eye(4)
+        affine[:3, 0] = LPS_TO_RAS @ self.axes[0] * self.spacing[0]
+        affine[:3, 1] = LPS_TO_RAS @ self.axes[1] * self.spacing[1]
+        affine[:3, 2] = LPS_TO_RAS @ (self.positions[-1] - self.positions[0]) / (len(self.positions) - 1)
+        affine[:3, 3] = LPS_TO_RAS @ self.positions[0]
+        return affine
+
+
 def series_grid(headers: Sequence[Header]) -> Grid:
     """Order the slices of one series and derive its affine.
 
@@ -55,27 +99,55 @@ def series_grid(headers: Sequence[Header]) -> Grid:
     GeometryError : NO_POSITION, NO_PIXEL_SPACING, BAD_ORIENTATION, MIXED_*, SINGLE_SLICE, DUPLICATE_POSITION,
         MIXED_SERIES, GANTRY_TILT, MISSING_SLICES, IRREGULAR_SPACING.
     """
+    stack = series_stack(headers)
+    for code, text in faults(stack).items():
+        raise refuse(code, text)
+    return Grid(stack.order, stack.affine)
+
+
+def series_stack(headers: Sequence[Header]) -> Stack:
+    """Order the slices of one series, evenly spaced or not; `faults` says what keeps them from being a grid.
+
+    Parameters
+    ----------
+    headers : one per slice, each SOP instance once.
+
+    Raises
+    ------
+    GeometryError : as series_grid, without GANTRY_TILT, MISSING_SLICES and IRREGULAR_SPACING.
+    """
     _check_each(headers)
     _check_same(headers)
-    directions = mean_directions(headers)
-    normal = np.cross(directions[0], directions[1])
+    rows, columns = mean_directions(headers)
+    normal = np.cross(rows, columns)
     positions = np.array([header.position for header in headers], dtype=np.float64)
     order = np.argsort(positions @ normal, kind="stable")
     positions = positions[order]
     if len(headers) == 1:
         raise refuse("SINGLE_SLICE", "there is one slice only")
     _check_repeats([headers[index] for index in order], positions @ normal)
-    step = (positions[-1] - positions[0]) / (len(positions) - 1)
-    _check_gaps(np.diff(positions @ normal))
-    _check_tilt(step, normal)
-    _check_line(positions, step)
-    spacing = headers[0].spacing or ()
-    affine = np.eye(4)
-    affine[:3, 0] = LPS_TO_RAS @ directions[0] * spacing[1]
-    affine[:3, 1] = LPS_TO_RAS @ directions[1] * spacing[0]
-    affine[:3, 2] = LPS_TO_RAS @ step
-    affine[:3, 3] = LPS_TO_RAS @ positions[0]
-    return Grid(tuple(int(index) for index in order), affine)
+    between_rows, between_columns = headers[0].spacing or (0.0, 0.0)
+    return Stack(
+        tuple(int(index) for index in order),
+        (headers[0].columns, headers[0].rows),
+        (between_columns, between_rows),
+        np.array([rows, columns, normal / np.linalg.norm(normal)]),
+        positions,
+    )
+
+
+def faults(stack: Stack) -> dict[str, str]:
+    """Return code -> facts of what keeps a stack from being an upright grid of even steps; empty for most."""
+    depth = stack.offsets[:, 2]
+    found = _uneven(np.diff(depth))
+    if stack.tilt > TILT_DEGREES:
+        found["GANTRY_TILT"] = f"the stack leans {stack.tilt:.2f} degrees against the normal of its slices"
+    # Where the gaps are uneven, only what a slice lies aside is a fault of its own.
+    share = depth / depth[-1] if found.keys() - {"GANTRY_TILT"} else np.linspace(0, 1, len(depth))
+    off = float(np.linalg.norm(stack.offsets - share[:, None] * stack.offsets[-1], axis=1).max())
+    if off > tolerance(float(np.linalg.norm(stack.offsets[-1])) / (len(depth) - 1)):
+        found.setdefault("IRREGULAR_SPACING", f"a slice lies {off:.3f} mm off the line of even steps")
+    return found
 
 
 def mean_directions(headers: Sequence[Header]) -> NDArray[np.float64]:
@@ -185,38 +257,20 @@ def _check_repeats(headers: Sequence[Header], depth: NDArray[np.float64]) -> Non
     )
 
 
-def _check_gaps(gaps: NDArray[np.float64]) -> None:
-    """Refuse missing slices and uneven spacing."""
+def _uneven(gaps: NDArray[np.float64]) -> dict[str, str]:
+    """Find missing slices or uneven spacing."""
     median, least = float(np.median(gaps)), float(gaps.min())
     if np.abs(gaps - median).max() <= tolerance(median):
-        return
+        return {}
     counts = np.rint(gaps / least)
     multiples = np.abs(gaps - counts * least).max() <= tolerance(least) * counts.max()
     holes = int((counts > 1).sum())
     if multiples and holes <= max(1, len(gaps) // 4):
-        raise refuse(
-            "MISSING_SLICES",
-            f"{int((counts - 1).sum())} slices are missing in {holes} places (spacing {least:.3f} mm, "
-            f"largest gap {gaps.max():.3f} mm)",
-        )
-    raise refuse("IRREGULAR_SPACING", f"gaps between slices run from {least:.3f} to {gaps.max():.3f} mm")
+        text = f"{int((counts - 1).sum())} slices are missing in {holes} places (spacing {least:.3f} mm, "
+        return {"MISSING_SLICES": f"{text}largest gap {gaps.max():.3f} mm)"}
+    return {"IRREGULAR_SPACING": f"gaps between slices run from {least:.3f} to {gaps.max():.3f} mm"}
 
 
 def tolerance(gap: float) -> float:
     """Return how far (mm) a slice may lie from its even place: 1 % of the gap, at least 0.05 mm."""
     return max(0.01 * gap, 0.05)
-
-
-def _check_tilt(step: NDArray[np.float64], normal: NDArray[np.float64]) -> None:
-    along = float(step @ normal)
-    angle = float(np.degrees(np.arctan2(np.linalg.norm(step - along * normal), along)))
-    if angle > TILT_DEGREES:
-        raise refuse("GANTRY_TILT", f"the stack leans {angle:.2f} degrees against the normal of its slices")
-
-
-def _check_line(positions: Positions, step: NDArray[np.float64]) -> None:
-    """Refuse slices that wander off the line of even steps, sideways or along it."""
-    even = positions[0] + np.arange(len(positions))[:, None] * step
-    worst = float(np.linalg.norm(positions - even, axis=1).max())
-    if worst > tolerance(float(np.linalg.norm(step))):
-        raise refuse("IRREGULAR_SPACING", f"a slice lies {worst:.3f} mm off the line of even steps")

@@ -5,13 +5,14 @@ headers of one series UID -> frames of multi-frame files -> dicom_split -> check
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydicom import uid
 
 from medseg.errors import MedsegError
+from medseg.readers.allowances import CORRECTABLE, Allowance
 from medseg.readers.dicom_frames import MULTIFRAME, PLAIN_MULTIFRAME
 from medseg.readers.dicom_geometry import series_grid
 from medseg.readers.dicom_header import Header
@@ -34,6 +35,7 @@ class SeriesFiles:
     headers : one per slice: per file, or per frame of a multi-frame file; in the order found.
     part : "" or what set this part apart from others of the same series UID (MIXED_MATRIX, MIXED_SERIES, ...).
     refusal : why it cannot be read, as far as the headers show.
+    lacks : at how many places it has no image where other parts of its series have one.
     """
 
     uid: str = field(repr=False)
@@ -43,6 +45,13 @@ class SeriesFiles:
     headers: tuple[Header, ...] = field(repr=False)
     part: str = ""
     refusal: Refusal | None = None
+    lacks: int = 0
+
+    def refused(self, allow: Collection[Allowance] = ()) -> Refusal | None:
+        """Return why it is not read where `allow` is allowed to be corrected; None where it may be tried."""
+        if self.refusal is None or CORRECTABLE.get(self.refusal.code) not in allow:
+            return self.refusal
+        return Refusal("PART_INCOMPLETE", self.refusal.text) if self.lacks else None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -78,14 +87,14 @@ def _series(part: Part) -> SeriesFiles:
     refusal = None
     try:
         check_headers(part.headers)
-        if part.lacks:
-            text = f"this part has no image at {part.lacks} of the places where others of its series have one"
-            raise refuse("MISSING_SLICES", text)
     except MedsegError as error:
         refusal = reason(error)
-    return SeriesFiles(
-        first.series_uid, first.study_uid, first.patient_id, first.modality, part.headers, part.why, refusal
-    )
+    # Before what may be corrected: images that are lacking at its ends leave no gap.
+    if part.lacks and (refusal is None or refusal.code in CORRECTABLE):
+        text = f"this part has no image at {part.lacks} of the places where others of its series have one"
+        refusal = Refusal("MISSING_SLICES", text)
+    uids = first.series_uid, first.study_uid, first.patient_id
+    return SeriesFiles(*uids, first.modality, part.headers, part.why, refusal, part.lacks)
 
 
 def check_headers(headers: Sequence[Header]) -> None:

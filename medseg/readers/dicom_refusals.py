@@ -21,6 +21,7 @@ class Kind:
 
 _SPLIT = "find_series() splits it into its parts: read one of them"
 _EXPORT = "export the series again from the PACS or scanner"
+_ALLOW = "allow uneven gaps to be corrected by resampling (--allow irregular)"
 
 REFUSALS: dict[str, Kind] = {
     "BAD_ORIENTATION": Kind(GeometryError, "the directions of rows and columns are damaged: " + _EXPORT),
@@ -31,11 +32,12 @@ REFUSALS: dict[str, Kind] = {
     "ENHANCED_MULTIFRAME": Kind(
         ReadError, "where its frames lie is not said for each of them: export it as enhanced or single-frame images"
     ),
-    "GANTRY_TILT": Kind(GeometryError, "resample it to an upright grid first (dcm2niix writes a _Tilt file)"),
-    "IRREGULAR_SPACING": Kind(GeometryError, "reconstruct with even spacing, or resample it first"),
+    "GANTRY_TILT": Kind(GeometryError, "allow it to be corrected by resampling (--allow tilt)"),
+    "GAP_TOO_WIDE": Kind(GeometryError, "what lies in it is unknown: fetch the missing slices, " + _EXPORT),
+    "IRREGULAR_SPACING": Kind(GeometryError, "reconstruct with even spacing, or " + _ALLOW),
     "LENGTH_MISMATCH": Kind(ReadError, "the pixels do not fit the declared size: " + _EXPORT),
     "LOCALIZER": Kind(ReadError, "a planning image is no volume: give the series itself"),
-    "MISSING_SLICES": Kind(GeometryError, "fetch the missing slices: " + _EXPORT),
+    "MISSING_SLICES": Kind(GeometryError, f"fetch the missing slices ({_EXPORT}), or {_ALLOW}"),
     "MIXED_FRAME_OF_REFERENCE": Kind(GeometryError, "the slices belong to different coordinate systems: separate them"),
     "MIXED_MATRIX": Kind(GeometryError, _SPLIT),
     "MIXED_ORIENTATION": Kind(GeometryError, _SPLIT),
@@ -56,7 +58,10 @@ REFUSALS: dict[str, Kind] = {
     "NO_POSITION": Kind(GeometryError, "where the slice lies is unknown and is never guessed: " + _EXPORT),
     "NO_SERIES": Kind(ReadError, "give a folder or files of one CT, MR or PET series"),
     "OVERSIZED": Kind(ReadError, "raise max_bytes if the size is real"),
+    "PART_INCOMPLETE": Kind(GeometryError, "what others show there is not shown at its time or setting: " + _EXPORT),
     "SINGLE_SLICE": Kind(GeometryError, "one slice has no spacing: give the whole series"),
+    "SLICES_ASIDE": Kind(GeometryError, "they do not show the same part of the body: separate them"),
+    "TILT_TOO_STEEP": Kind(GeometryError, "no gantry tilts so far, the positions may be damaged: " + _EXPORT),
     "TRUNCATED": Kind(ReadError, "the file is cut short: copy or export it again"),
     "UNREADABLE": Kind(ReadError, "the file is damaged: copy or export it again"),
     "UNSUPPORTED_CLASS": Kind(ReadError, "give a CT, MR or PET series"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medseg.errors import ReadError
+from medseg.readers.allowances import CORRECTABLE
 from medseg.readers.dicom_header import PARSE_ERRORS, Header, quiet, read_header
 from medseg.readers.dicom_index import SeriesFiles, is_image, series_of
 from medseg.readers.dicom_refusals import Refusal
@@ -96,7 +97,8 @@ def scan(paths: Path | Iterable[Path]) -> Found:
 def _doubt(series: SeriesFiles, damaged: Counter[Path]) -> SeriesFiles:
     """Refuse a series when damaged files lie beside its files: its last slice may be one of them."""
     count = sum(damaged[folder] for folder in {path.parent for path in series.files})
-    if not count or series.refusal is not None:
+    correctable = series.refusal is None or series.refusal.code in CORRECTABLE
+    if not count or not correctable:
         return series
     text = f"{count} damaged DICOM files lie beside its {len(series.files)} slices, which may be incomplete"
     return replace(series, refusal=Refusal("UNREADABLE", text))

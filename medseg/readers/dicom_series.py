@@ -7,17 +7,19 @@ and whatever is irregular is refused with a code (docs/reference/reason-codes.md
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.readers.dicom_geometry import series_grid
+from medseg.readers.allowances import Allowance
+from medseg.readers.dicom_geometry import series_stack
 from medseg.readers.dicom_header import Header, quiet
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_pixels import Pixels, read_slices
 from medseg.readers.dicom_refusals import refuse
+from medseg.readers.dicom_regular import to_upright, upright_grid
 from medseg.readers.dicom_scan import Found, scan
 from medseg.volume import Volume
 
@@ -26,12 +28,19 @@ MAX_BYTES = 4 * 2**30
 AIR_HU = -1024.0
 
 
-def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int = MAX_BYTES) -> Volume:
+def read_series(
+    source: Path | SeriesFiles | Iterable[Path],
+    *,
+    allow: Collection[Allowance] = (),
+    max_bytes: int = MAX_BYTES,
+) -> Volume:
     """Read one series.
 
     Parameters
     ----------
     source : a folder (searched to the bottom) or files that hold one series, or one entry of `find_series`.
+    allow : what is corrected by resampling instead of refused: "tilt" (GANTRY_TILT), "irregular" (IRREGULAR_SPACING,
+        MISSING_SLICES). A series without such a fault is read as without it, bit for bit.
     max_bytes : refuse a larger volume before anything is allocated.
 
     Returns
@@ -40,8 +49,10 @@ def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int =
         array (1, I, J, K) float32: I along a row (column index), J down the rows, K along cross(row, column); values
         in HU for CT, the stored unit for MR and PET. affine exact from position, directions and spacing, RAS+ mm.
         notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, LOSSY, NOT_HU (CT), NO_FRAME_OF_REFERENCE, NO_RESCALE
-        and RESCALE_VARIES (CT), PADDING_MASKED, REAL_WORLD_MAP.
-        meta: Modality, Manufacturer, Units when present; no free text.
+        and RESCALE_VARIES (CT), PADDING_MASKED, REAL_WORLD_MAP, TILT_CORRECTED, SPACING_REGULARISED.
+        A corrected one lies on an upright grid (see dicom_regular) that covers all slices; where none is, it holds air
+        (CT) or the lowest value.
+        meta: Modality, Manufacturer, Units when present, and how a corrected series lay; no free text.
 
     Raises
     ------
@@ -52,28 +63,41 @@ def read_series(source: Path | SeriesFiles | Iterable[Path], *, max_bytes: int =
         found = scan(source)
         source = _only(found)
         notes += ["LOCALIZER_SET_ASIDE"] * (len(found.series) > 1)
-    if source.refusal is not None:
-        raise source.refusal.error()
-    headers, duplicates = _each_once(source.headers)
-    size = 4 * headers[0].rows * headers[0].columns * len(headers)
-    if size > max_bytes:
-        raise refuse(
-            "OVERSIZED",
-            f"{headers[0].columns} x {headers[0].rows} x {len(headers)} voxels need {size / 2**30:.1f} GiB, "
-            f"allowed are {max_bytes / 2**30:.1f} GiB",
-        )
-    grid = series_grid(headers)
-    ordered = [headers[index] for index in grid.order]
+    if (refusal := source.refused(allow)) is not None:
+        raise refusal.error()
+    headers, duplicates = each_once(source.headers)
+    _check_size((headers[0].columns, headers[0].rows, len(headers)), max_bytes)
+    stack = series_stack(headers)
+    upright = upright_grid(stack, allow)
+    ordered = [headers[index] for index in stack.order]
     with quiet():
         _check_duplicates(duplicates, headers)
+        if upright is not None:
+            _check_size(upright.shape, max_bytes)
         array, seen = _stack(ordered)
+    affine, meta = stack.affine, dict(headers[0].meta)
+    if upright is not None:
+        array = to_upright(array, upright, fill=_outside(array, headers[0].modality))
+        affine, meta = upright.affine, meta | upright.figures
+        notes += upright.notes
     notes += ["DERIVED"] * ("DERIVED" in headers[0].image_type)
     notes += ["DUPLICATES_DROPPED"] * bool(duplicates)
     notes += ["NO_FRAME_OF_REFERENCE"] * (not headers[0].frame_of_reference)
     if headers[0].modality == "CT":
         notes += ["NO_RESCALE"] * (headers[0].rescale is None)
         notes += ["RESCALE_VARIES"] * (len({header.rescale for header in headers}) > 1)
-    return Volume(array, grid.affine, notes=tuple(sorted({*notes, *seen})), meta=dict(headers[0].meta))
+    return Volume(array, affine, notes=tuple(sorted({*notes, *seen})), meta=meta)
+
+
+def _check_size(shape: tuple[int, int, int], max_bytes: int) -> None:
+    """Refuse more voxels than memory is granted for, before any is read."""
+    size = 4 * int(np.prod(shape, dtype=object))
+    if size > max_bytes:
+        raise refuse(
+            "OVERSIZED",
+            f"{shape[0]} x {shape[1]} x {shape[2]} voxels need {size / 2**30:.1f} GiB, "
+            f"allowed are {max_bytes / 2**30:.1f} GiB",
+        )
 
 
 def _only(found: Found) -> SeriesFiles:
@@ -106,7 +130,7 @@ def _what_differs(series: Sequence[SeriesFiles], code: str) -> str:
     return f"; what differs: {', '.join(word for word in first if first[word] != second.get(word))}"
 
 
-def _each_once(headers: Sequence[Header]) -> tuple[list[Header], list[Header]]:
+def each_once(headers: Sequence[Header]) -> tuple[list[Header], list[Header]]:
     """Return the first image of each SOP instance and frame, and the further ones."""
     first: dict[tuple[str, int], Header] = {}
     further = [header for header in headers if first.setdefault(header.key, header) is not header]
@@ -155,3 +179,9 @@ def _fill(lowest: float, modality: str) -> float:
     if not np.isfinite(lowest):
         return AIR_HU if modality == "CT" else 0.0
     return lowest if modality == "CT" else min(lowest, 0.0)
+
+
+def _outside(array: NDArray[np.float32], modality: str) -> float:
+    """Return what stands where no slice is: air for CT, but no value below those of the image."""
+    lowest = float(array.min())
+    return max(lowest, AIR_HU) if modality == "CT" else lowest

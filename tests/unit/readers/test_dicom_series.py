@@ -29,6 +29,7 @@ from pydicom.uid import (
 
 from medseg.errors import GeometryError, MedsegError, ReadError
 from medseg.phantom.dicom import write_series
+from medseg.readers.allowances import BEYOND
 from medseg.readers.dicom_refusals import REFUSALS
 from medseg.readers.dicom_scan import find_series, scan
 from medseg.readers.dicom_series import read_series
@@ -541,7 +542,8 @@ def test_hazards_are_refused_with_their_code(name: str, series: list[Path]) -> N
 
 
 def test_every_code_has_a_case() -> None:
-    assert {code for code, _ in REFUSED.values()} == set(REFUSALS)
+    # what is allowed and goes too far: test_dicom_regular
+    assert {code for code, _ in REFUSED.values()} == set(REFUSALS) - set(BEYOND)
 
 
 def test_every_code_is_documented() -> None:
