@@ -21,6 +21,7 @@ from medseg.files import digest
 from medseg.privacy import keyed_id
 from medseg.readers import reader_for
 from medseg.readers.label_request import Overlap
+from medseg.readers.series_rules import ALIASES, MODALITIES, Condition, SeriesRule, condition_problem
 from medseg.registry import did_you_mean
 
 BACKGROUND = "background"
@@ -36,11 +37,23 @@ class Channel(Config):
     modality : what made it ("MR", "CT", ...); "CT" means Hounsfield units.
     normalisation : "auto" chooses "ct" for CT and "zscore" for everything else.
     file : what stands for {channel} in the pattern `images` (the channel's name unless told).
+    match : header attribute -> regular expression, number or [lowest, highest]: finds its series in a DICOM study,
+        together with `modality`; {} goes by the modality alone.
     """
 
     modality: str = ""
     normalisation: Normalisation = "auto"
     file: str | None = None
+    match: dict[str, Condition] | None = None
+
+    @field_validator("match", mode="before")
+    @classmethod
+    def _valid_conditions(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            problems = [text for text in (condition_problem(str(w), c) for w, c in value.items()) if text]
+            if problems:
+                raise ValueError("; ".join(problems))
+        return value
 
 
 def _expression(value: str | None) -> str | None:
@@ -109,6 +122,9 @@ class Spec(Config):
     labels : name -> Label (or just its value); background is 0 and need not be listed.
     regions : name -> Region, painted in this order; empty means that labels are exclusive classes.
     overlap : DICOM structures of two labels that share voxels are refused, or the later label of the spec wins.
+    reference : the channel whose grid the others are brought to and the masks lie on (the first unless told).
+    resample : whether a channel on another grid is resampled; unless told, where channels are found by `match`.
+    frame_of_reference : channels found by `match` must lie in the "same" one, or in "any".
     ignore : mask value whose voxels are unannotated and teach nothing.
     patient : regular expression on the case id; its first group (or the whole match) names the patient.
     case_ids : "name" shows names from the disk, "hash" hashes them; unless told, DICOM is hashed and NIfTI is not.
@@ -125,6 +141,9 @@ class Spec(Config):
     labels: dict[str, Label]
     regions: dict[str, Region] = Field(default_factory=dict)
     overlap: Overlap = "refuse"
+    reference: str | None = None
+    resample: bool | None = None
+    frame_of_reference: Literal["same", "any"] = "same"
     ignore: int | None = Field(default=None, ge=1, le=2**24 - 1)
     patient: str | None = None
     case_ids: Literal["name", "hash"] | None = None
@@ -154,7 +173,7 @@ class Spec(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = [*self._label_problems(), *self._pattern_problems()]
+        problems = [*self._label_problems(), *self._pattern_problems(), *self._channel_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -186,6 +205,43 @@ class Spec(Config):
         both = set(self.splits.train) & set(self.splits.test)
         problems += [f"splits: case {case!r} stands in train and in test" for case in sorted(both)]
         return problems
+
+    def _channel_problems(self) -> list[str]:
+        problems = []
+        if self.reference is not None and self.reference not in self.channels:
+            hint = did_you_mean(self.reference, list(self.channels))
+            problems.append(f"reference: {self.reference!r} is not a channel{hint}")
+        if all(channel.match is None for channel in self.channels.values()):
+            return problems
+        for name, channel in self.channels.items():
+            if channel.match is None:
+                text = "has no `match`, another channel has one; `match: {}` goes by the modality alone"
+                problems.append(f"channels.{name}: {text}")
+            if channel.modality and channel.modality not in (*MODALITIES, *ALIASES):
+                allowed = f"{', '.join(MODALITIES)}{did_you_mean(channel.modality, MODALITIES)}"
+                problems.append(f"channels.{name}.modality: with `match` it is one of {allowed}")
+        if "{channel}" in self.images:
+            problems.append("images: with `match` the pattern leads to the folder of a study, without {channel}")
+        return problems
+
+    @property
+    def rules(self) -> dict[str, SeriesRule]:
+        """Channel -> the rule that finds its series in a DICOM study; empty where patterns find the files."""
+        return {
+            name: SeriesRule(channel.modality, channel.match)
+            for name, channel in self.channels.items()
+            if channel.match is not None
+        }
+
+    @property
+    def reference_channel(self) -> str:
+        """The channel whose grid is that of the case."""
+        return self.reference or next(iter(self.channels))
+
+    @property
+    def resamples(self) -> bool:
+        """Whether channels on other grids are brought to that of the reference."""
+        return bool(self.rules) if self.resample is None else self.resample
 
     @property
     def foreground(self) -> dict[str, int]:

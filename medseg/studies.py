@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from medseg.channels import choose_channels, combine, read_chosen
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
+from medseg.privacy import keyed_id
 from medseg.readers import read_image, reader_for
 from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.spec import Case, Spec
-from medseg.volume import Volume, align_to, grid_distance, on_one_grid, reorient
+from medseg.volume import Volume, align_to, grid_distance, reorient
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,34 @@ class Study:
     mask: Volume | None
 
 
+def study_id(study_uid: str) -> str:
+    """Return the name of a DICOM study whose channels are chosen by rules, the same in a dataset and in a batch."""
+    return keyed_id("case", "study", study_uid)
+
+
 def read_study(spec: Spec, case: Case) -> Study:
     """Read and check one case.
 
     Raises
     ------
-    MedsegError : any reading error, CHANNEL_MISSING, CHANNEL_COUNT, CHANNEL_GRID, LABEL_GRID, LABEL_VALUES,
-        LABEL_NOT_INTEGER, any refusal of DICOM labels; the message starts with the case id.
+    MedsegError : any reading error, CHANNEL_MISSING, CHANNEL_AMBIGUOUS, CHANNEL_COUNT, CHANNEL_GRID,
+        CHANNEL_COVERAGE, FRAME_OF_REFERENCE_DIFFERS, LABEL_GRID, LABEL_VALUES, LABEL_NOT_INTEGER, any refusal of
+        DICOM labels; the message starts with the case id.
     """
     try:
-        image = read_channels(spec, case.images)
-        mask = None if case.mask is None else _read_mask(spec, case, case.mask, image)
+        image, drawn_on = _read_images(spec, case)
+        mask = None if case.mask is None else _read_mask(spec, case.mask, image, drawn_on)
     except MedsegError as error:
         raise _named(error, f"case {case.id}: {error}") from error
     return Study(case, image, mask)
+
+
+def _read_images(spec: Spec, case: Case) -> tuple[Volume, tuple[Path, ...]]:
+    """Return the image of a case, and the files or folders that its labels may refer to."""
+    if not spec.rules:
+        return read_channels(spec, case.images), case.images
+    chosen = choose_channels(spec, case.images)
+    return read_chosen(spec, chosen), chosen[spec.reference_channel].files
 
 
 def _named(error: MedsegError, message: str) -> MedsegError:
@@ -51,25 +67,18 @@ def _named(error: MedsegError, message: str) -> MedsegError:
 
 
 def read_channels(spec: Spec, paths: tuple[Path, ...]) -> Volume:
-    """Read the images of one case as a volume with the channels of the spec; raises as `read_study` does."""
+    """Read files that hold the channels of the spec, in its order, as one volume; raises as `read_study` does."""
     names = list(spec.channels)
     for name, path in zip(names, paths, strict=False):
         if not path.exists():
             raise ReadError(f"the file of channel {name!r} ({path.name}) is missing", code="CHANNEL_MISSING")
     volumes = [read_image(path) for path in paths]
-    if len(volumes) > 1:
-        turned = on_one_grid(dict(zip(names, volumes, strict=True)))
-        notes = tuple(dict.fromkeys(note for volume in turned for note in volume.notes))
-        array = np.concatenate([volume.array.astype(np.float32) for volume in turned])
-        image = replace(turned[0], array=array, notes=notes)
-    else:
-        image = volumes[0]
-    if image.array.shape[0] != len(names):
+    counts = [volume.array.shape[0] for volume in volumes]
+    if sum(counts) != len(names) or (len(counts) > 1 and max(counts) > 1):
         raise ReadError(
-            f"{image.array.shape[0]} channel(s) found, the spec names {len(names)}: {', '.join(names)}",
-            code="CHANNEL_COUNT",
+            f"{sum(counts)} channel(s) found, the spec names {len(names)}: {', '.join(names)}", code="CHANNEL_COUNT"
         )
-    return image
+    return volumes[0] if len(volumes) == 1 else combine(spec, dict(zip(names, volumes, strict=True)))
 
 
 def _apart(first: Volume, second: Volume) -> str:
@@ -81,12 +90,12 @@ def _apart(first: Volume, second: Volume) -> str:
     return f"; corresponding corners lie up to {distance:.3g} {second.unit} apart"
 
 
-def _read_mask(spec: Spec, case: Case, path: Path, image: Volume) -> Volume:
+def _read_mask(spec: Spec, path: Path, image: Volume, drawn_on: tuple[Path, ...]) -> Volume:
     if not path.exists():
         raise ReadError(f"its mask ({path.name}) is missing", code="LABEL_MISSING")
     by_name = reader_for(path).labels
     if by_name is not None:
-        return by_name(path, LabelRequest(image, wanted_labels(spec), case.images, spec.overlap))
+        return by_name(path, LabelRequest(image, wanted_labels(spec), drawn_on, spec.overlap))
     stored = _first_channel(read_image(path))
     mask = align_to(stored, image)
     if mask is None:

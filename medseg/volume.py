@@ -174,7 +174,7 @@ def on_one_grid(volumes: Mapping[str, Volume]) -> list[Volume]:
         if turned is None:
             raise GeometryError(
                 f"channel {other!r} has a grid of {volume.grid}, channel {name!r} one of {first.grid}; "
-                "bring all channels of a case to one grid",
+                "bring all channels of a case to one grid, or say `resample: true` in the spec",
                 code="CHANNEL_GRID",
             )
         fitted.append(turned)

@@ -18,6 +18,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import yaml
 
@@ -157,6 +158,56 @@ def tiny() -> SimpleNamespace:
 def tiny_dataset() -> Callable[..., Path]:
     """Builder of a dataset whose labels can be learnt in a few seconds: ``tiny_dataset(folder, cases=7, test=2)``."""
     return make_tiny_dataset
+
+
+def write_study(folder: Path, number: int = 0, *, flair: bool = True, **texts: Any) -> Path:
+    """Write a study of two sequences: T1 on the tiny grid, FLAIR on a coarser one that is turned and larger.
+
+    Beside them lie a localizer, noise derived from the T1, and a text file. The ball is bright in T1 alone, the box in
+    FLAIR alone. `texts` go to write_series.
+    """
+    from medseg.phantom.dicom import write_series
+    from medseg.regrid import resample_to
+    from medseg.volume import Volume
+
+    image, mask = tiny_case(number)
+    t1 = Volume(np.where(mask == 2, 100, image).clip(0)[None].round(), TINY_AFFINE)
+    affine = np.array([[0, 0, -2.5, 36], [-1.8, 0, 0, 26], [0, 1.6, 0, -11], [0, 0, 0, 1]])
+    coarse = Volume(np.zeros((1, 25, 29, 17), np.float32), affine)
+    box = resample_to(Volume((mask == 2)[None].astype(np.float32), TINY_AFFINE), coarse)[0]
+    noise = np.random.default_rng((8, number)).normal(0, 8, box.shape)
+    volumes = {
+        "AX T1 POST": t1,
+        "COR FLAIR": box.with_array((300 + 200 * box.array + noise).clip(0).round()),
+        "SCOUT T1": Volume(t1.array[..., ::6], t1.affine @ np.diag([1, 1, 6, 1])),
+        "AX T1 POST NOISE": t1.with_array(t1.array[:, ::-1]),
+    }
+    if not flair:
+        del volumes["COR FLAIR"]
+    named = {"modality": "MR", "patient_id": f"DOE^{number}", "seed": number, **texts}
+    for place, (name, volume) in enumerate(volumes.items(), start=1):
+        files = write_series(volume, folder / f"S{place}", description=name, series_number=place, **named)
+        kind = {"SCOUT T1": ["ORIGINAL", "PRIMARY", "LOCALIZER"], "AX T1 POST NOISE": ["DERIVED", "SECONDARY", "NOISE"]}
+        for file in files:
+            dataset = pydicom.dcmread(file)
+            dataset.ImageType = kind.get(name, dataset.ImageType)
+            dataset.EchoTime = "110" if name == "COR FLAIR" else "12"
+            dataset.save_as(file)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+TWO_SEQUENCES = {
+    "t1": {"modality": "MR", "match": {"SeriesDescription": "(?i)t1.*post", "ImageType": "^ORIGINAL"}},
+    "flair": {"modality": "MR", "match": {"EchoTime": [80, None]}},
+}
+"""The channels of a spec whose rules find the two sequences."""
+
+
+@pytest.fixture(scope="session")
+def two_sequences() -> SimpleNamespace:
+    """``write(folder, number)`` writes a DICOM study of two sequences; ``channels`` are the rules that find them."""
+    return SimpleNamespace(write=write_study, channels=TWO_SEQUENCES)
 
 
 TINY_SETTINGS = ("batch_size=2", "validations=3", "test_mirroring=false")

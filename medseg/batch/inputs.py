@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from medseg.batch.dicom_inputs import chosen_input, dicom_inputs
+from medseg.batch.names import refuse_same_names, told_apart
+from medseg.batch.study_input import StudyInput
 from medseg.errors import BatchError
-from medseg.files import digest
-from medseg.preparation.cache import source_digest
-from medseg.privacy import keyed_id
-from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_scan import scan
 from medseg.readers.nifti import is_nifti, stem
-from medseg.spec import Case, Spec, load_dataset
+from medseg.spec import Case, Dataset, Spec, load_dataset
 
 Choice = Literal["test", "train", "all"]
-
-
-@dataclass(frozen=True)
-class StudyInput:
-    """One image to be segmented.
-
-    Attributes
-    ----------
-    id : names every file that is written for it.
-    images : one path per channel, or one path for all.
-    series : the DICOM series, if it is one.
-    origin : where it was found, for the linkage table and the terminal only.
-    """
-
-    id: str
-    images: tuple[Path, ...]
-    series: SeriesFiles | None
-    origin: Path
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the input's bytes; empty if they cannot be read."""
-        try:
-            files = self.series.files if self.series else self.images
-            return source_digest(Case(self.id, tuple(sorted(files)), None, self.id))
-        except OSError:
-            return digest("unreadable")
 
 
 def find_inputs(
@@ -57,16 +29,21 @@ def find_inputs(
 
     Parameters
     ----------
-    spec : of the model: with several channels, ``<case>_<channel>.nii.gz`` files are put together.
+    spec : of the model: with several channels, ``<case>_<channel>.nii.gz`` files are put together; its rules find
+        the series of DICOM studies.
     choice, splits : which cases of a dataset (the test cases if it has any, unless told).
-    out : where masks are written: nothing below it is an input, however it lies to `paths`.
+    out : where masks are written: nothing below it is an input, however it lies to `paths`; NIfTI files that it
+        knows from an earlier run keep their ids.
+
+    A file that is given twice is one study. NIfTI files of one name are told apart by a hash in their ids.
 
     Raises
     ------
-    BatchError : NOT_FOUND, EMPTY_INPUT, SAME_NAME (two inputs would be written to one file), OVERWRITES_INPUT.
+    BatchError : NOT_FOUND, EMPTY_INPUT, SAME_NAME (cases of two datasets), OVERWRITES_INPUT.
     """
     found: list[StudyInput] = []
     images: list[Path] = []
+    places: list[Path] = []
     for path in paths:
         if not path.exists():
             raise BatchError(f"{path}: this input does not exist", code="NOT_FOUND")
@@ -76,15 +53,19 @@ def find_inputs(
             images.append(path)
         else:
             images += sorted(p for p in path.rglob("*") if _is_input(p, path, out)) if path.is_dir() else []
-            found += _dicom_inputs(path)
-    found += _nifti_inputs(images, spec)
+            places.append(path)
+    found += dicom_inputs(places, spec)
+    found = list({(study.id, study.images): study for study in found}.values())
+    known = {path.resolve() for study in found for path in study.images}
+    single = {(path.resolve(), stem(path)): path for path in images if path.resolve() not in known}
+    found += told_apart(_nifti_inputs(single.values(), spec), taken={study.id for study in found}, out=out)
     if not found:
         raise BatchError(
             f"{', '.join(str(p) for p in paths)}: no image was found; give .nii or .nii.gz files, folders with DICOM "
             "series, or a dataset",
             code="EMPTY_INPUT",
         )
-    _refuse_same_names(found)
+    refuse_same_names(found)
     _refuse_overwriting(found, out)
     return sorted(found, key=lambda study: study.id)
 
@@ -116,8 +97,16 @@ def _dataset_inputs(path: Path, spec: Spec, choice: Choice | None, splits: Path 
     if not cases:
         raise BatchError(f"{path}: the dataset has no {wanted} case; choose other --cases", code="EMPTY_INPUT")
     order = _channel_order(dataset.spec, spec, path)
+    if dataset.spec.rules:
+        return [_chosen_case(dataset, case, order) for case in cases]
     images = {c.id: tuple(c.images[n] for n in order) if len(c.images) > 1 else c.images for c in cases}
     return [StudyInput(case.id, images[case.id], None, case.images[0]) for case in cases]
+
+
+def _chosen_case(dataset: Dataset, case: Case, order: Sequence[int]) -> StudyInput:
+    names = list(dataset.spec.channels)
+    study = chosen_input(case.id, dataset.spec, scan(case.images).series, [names[n] for n in order])
+    return study
 
 
 def _channel_order(found: Spec, wanted: Spec, path: Path) -> list[int]:
@@ -125,31 +114,13 @@ def _channel_order(found: Spec, wanted: Spec, path: Path) -> list[int]:
     have, need = list(found.channels), list(wanted.channels)
     if set(have) != set(need) or have == need:
         return list(range(len(have)))
-    if "{channel}" not in found.images:
+    if "{channel}" not in found.images and not found.rules:
         raise BatchError(
             f"{path}: its images hold the channels {', '.join(have)}, the model needs them as {', '.join(need)}; "
             "reorder them where the images are made",
             code="CHANNEL_ORDER",
         )
     return [have.index(name) for name in need]
-
-
-def _dicom_inputs(path: Path) -> list[StudyInput]:
-    """Return the series below `path`, without the localizers that accompany others, and what is too damaged to tell.
-
-    A folder of damaged files without any series is a study too: it must be refused, not forgotten.
-    """
-    found = scan(path)
-    images = [row for row in found.series if row.refusal is None or row.refusal.code != "LOCALIZER"]
-    rows = [
-        StudyInput(keyed_id("case", *row.identity), (row.files[0].parent,), row, row.files[0].parent)
-        for row in images or found.series
-    ]
-    known = {file.parent for row in found.series for file in row.files}
-    lost = {file.parent for file in found.damaged} - known
-    if path.is_file() and not rows:
-        lost = {path}
-    return rows + [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in sorted(lost)]
 
 
 def _nifti_inputs(images: Iterable[Path], spec: Spec) -> list[StudyInput]:
@@ -176,18 +147,6 @@ def _nifti_inputs(images: Iterable[Path], spec: Spec) -> list[StudyInput]:
             case, files = name, (path,)
         rows.setdefault((path.parent / ending, case), StudyInput(case, files, None, path))
     return list(rows.values())
-
-
-def _refuse_same_names(studies: Sequence[StudyInput]) -> None:
-    origins: dict[str, Path] = {}
-    for study in studies:
-        if study.id in origins:
-            raise BatchError(
-                f"{origins[study.id]} and {study.origin} would both be written as {study.id}; predict them into "
-                "different --out folders, or give the input only once",
-                code="SAME_NAME",
-            )
-        origins[study.id] = study.origin
 
 
 def _refuse_overwriting(studies: Sequence[StudyInput], out: Path | None) -> None:

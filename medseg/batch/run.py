@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.batch.inputs import Choice, StudyInput, find_inputs
+from medseg.batch.inputs import Choice, find_inputs
 from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.names import LINKAGE, read_linkage
+from medseg.batch.study_input import StudyInput
 from medseg.bundle import BundleInfo
+from medseg.channels import read_chosen
 from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
 from medseg.exporters import EXPORTERS, choose_formats
 from medseg.exporters.result import DICOM_ONLY, Result
@@ -121,6 +124,8 @@ def _do(
     began = time.monotonic()
     entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=_recipe(model.bundle.info, mirror))
     try:
+        if study.refusal is not None:
+            raise study.refusal
         if study.series is None and any(EXPORTERS[name].dicom for name in formats):
             raise ExportError(DICOM_ONLY, code="NEEDS_DICOM")
         image = _read(study, model.bundle.info.spec)
@@ -180,6 +185,8 @@ def _write(result: Result, formats: Sequence[str], out: Path, study: str) -> tup
 
 
 def _read(study: StudyInput, spec: Spec) -> Volume:
+    if study.channels:
+        return read_chosen(spec, dict(zip(spec.channels, study.channels, strict=True)))
     if study.series is not None:
         return read_series(study.series)
     return read_channels(spec, study.images)
@@ -207,6 +214,7 @@ def volumes(spec: Spec, mask: Volume) -> dict[str, float]:
 def without_paths(text: str, study: StudyInput) -> str:
     """Return a message without the names of files and folders that may identify a patient."""
     places = {study.origin, *study.images, *(study.series.files if study.series else ())}
+    places |= {file for row in study.channels for file in row.files}
     # A NIfTI file is its own case id; the name of any other may tell who the patient is.
     words = {str(p) for p in places} | {p.name for p in places if study.id not in p.name}
     for word in sorted(words, key=len, reverse=True):
@@ -228,11 +236,8 @@ def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
 
 def _write_linkage(out: Path, studies: Sequence[StudyInput]) -> None:
     """Write id -> path of these studies and of those of earlier runs into the same folder."""
-    file = out / "private" / "linkage.csv"
-    known: dict[str, str] = {}
-    if file.exists():
-        with open(file, encoding="utf-8", newline="") as before:
-            known = {row["id"]: row["path"] for row in csv.DictReader(before)}
+    file = out / LINKAGE
+    known = read_linkage(out)
     known |= {study.id: str(study.origin.resolve()) for study in studies}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pydicom.uid import UID
 
 from medseg.readers.dicom_frames import DIMENSIONS, GROUPS, classic_frames, may_have_frames
 from medseg.readers.dicom_tags import CHUNKS, read_tags, wanted_tags
+from medseg.readers.series_rules import WORDS
 
 PARSE_ERRORS = (
     ArithmeticError,
@@ -66,7 +68,7 @@ KEYWORDS = (
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "StackID"),
 )
-INHERITED = tuple(dict.fromkeys([*KEYWORDS, *TELLING]))
+INHERITED = tuple(dict.fromkeys([*KEYWORDS, *TELLING, *WORDS]))
 """What a frame has from its file where its functional groups do not say it."""
 TAGS: list[Any] = [*INHERITED, *GROUPS, DIMENSIONS]
 WANTED = wanted_tags(INHERITED)
@@ -86,6 +88,7 @@ class Header:
     spacing : distance between rows, then between columns, in mm; None when absent.
     rescale : slope and intercept; None when both are absent.
     telling : attributes that may tell repeated images of one place apart, as text.
+    described : the values of series_rules.WORDS as text, "" when absent; only to choose series by, never to be shown.
     damaged : the attribute whose value is no number, else "".
     """
 
@@ -112,6 +115,7 @@ class Header:
     rescale: tuple[float, float] | None
     frame_of_reference: str = field(repr=False)
     telling: dict[str, str] = field(repr=False)
+    described: tuple[str, ...] = field(default=("",) * len(WORDS), repr=False)
     damaged: str = ""
     frame: int | None = None
     stack: str = field(default="", repr=False)
@@ -280,6 +284,7 @@ def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
         rescale=rescale(),
         frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
         telling={word: _text(dataset, word) for word in TELLING if word in dataset},
+        described=tuple(sys.intern(_text(dataset, word)) for word in WORDS),  # the same text in a thousand slices
         damaged=", ".join(damaged),
         stack=_text(dataset, "StackID"),
     )

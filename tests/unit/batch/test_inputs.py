@@ -6,11 +6,16 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pydicom
 import pytest
 
-from medseg.batch.inputs import StudyInput, find_inputs
+from medseg.batch.inputs import find_inputs
+from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.run import _write_linkage
+from medseg.batch.study_input import StudyInput
 from medseg.errors import BatchError
 from medseg.phantom.dicom import write_series
 from medseg.spec import Channel, Label, Spec
@@ -28,6 +33,13 @@ def touch(*paths: Path) -> None:
 
 def ids(studies: list[StudyInput]) -> list[str]:
     return [study.id for study in studies]
+
+
+def remember(out: Path, studies: list[StudyInput]) -> None:
+    """Leave in `out` what a run leaves there."""
+    _write_linkage(out, studies)
+    for study in studies:
+        Ledger(out).write(Entry(id=study.id, state="refused", input_digest=study.digest(), model_digest="m"))
 
 
 def series(folder: Path, seed: int = 0, shape: tuple[int, int, int] = (8, 9, 6)) -> list[Path]:
@@ -85,16 +97,69 @@ def test_an_input_is_never_overwritten(tmp_path: Path, given: str, monkeypatch: 
     assert caught.value.code == "OVERWRITES_INPUT"
 
 
-def test_two_inputs_of_one_name_are_refused_with_both_places(tmp_path: Path) -> None:
-    touch(tmp_path / "x" / "a.nii.gz", tmp_path / "y" / "a.nii.gz")
-    with pytest.raises(BatchError, match=r"x/a\.nii\.gz and .*y/a\.nii\.gz would both be written as a") as caught:
-        find_inputs([tmp_path], ONE)
+def test_two_files_of_one_name_are_told_apart_by_a_hash_of_their_place(tmp_path: Path) -> None:
+    touch(tmp_path / "Doe" / "a.nii.gz", tmp_path / "Roe" / "a.nii.gz", tmp_path / "Roe" / "b.nii")
+    found = find_inputs([tmp_path], ONE)
+    assert re.fullmatch(r"a-[0-9a-f]{8} a-[0-9a-f]{8} b", " ".join(ids(found)))
+    assert len(set(ids(found))) == 3
+    assert ids(find_inputs([tmp_path / "Roe", tmp_path / "Doe"], ONE)) == ids(found), "in any order of the inputs"
+    touch(tmp_path / "z" / "c.nii", tmp_path / "z" / "c.nii.gz")
+    assert [len(name) for name in ids(find_inputs([tmp_path / "z"], ONE))] == [10, 10]
+
+
+def test_an_input_added_later_renames_nothing(tmp_path: Path) -> None:
+    touch(tmp_path / "x" / "a.nii.gz")
+    out = tmp_path / "out"
+    first = find_inputs([tmp_path / "x"], ONE, out=out)
+    assert ids(first) == ["a"]
+    remember(out, first)
+    touch(tmp_path / "y" / "a.nii.gz", tmp_path / "y" / "b.nii.gz")
+    second = {study.origin: study.id for study in find_inputs([tmp_path / "x", tmp_path / "y"], ONE, out=out)}
+    assert second[tmp_path / "x" / "a.nii.gz"] == "a"
+    assert re.fullmatch(r"a-[0-9a-f]{8}", second[tmp_path / "y" / "a.nii.gz"])
+    remember(out, find_inputs([tmp_path / "x", tmp_path / "y"], ONE, out=out))
+    touch(tmp_path / "z" / "a.nii.gz")
+    third = {study.origin: study.id for study in find_inputs([tmp_path], ONE, out=out)}
+    assert third.items() >= second.items()
+    assert len(set(third.values())) == 4
+    alone = find_inputs([tmp_path / "y" / "a.nii.gz"], ONE, out=out)
+    assert ids(alone) == [second[tmp_path / "y" / "a.nii.gz"]], "also when the other one is not given"
+
+
+def test_the_name_of_another_file_is_not_taken_over_unless_it_has_the_same_content(tmp_path: Path) -> None:
+    touch(tmp_path / "x" / "a.nii.gz")
+    out = tmp_path / "out"
+    remember(out, find_inputs([tmp_path / "x"], ONE, out=out))
+    shutil.copytree(tmp_path / "x", tmp_path / "copy")
+    assert ids(find_inputs([tmp_path / "copy"], ONE, out=out)) == ["a"], "the same study elsewhere"
+    (tmp_path / "copy" / "a.nii.gz").write_bytes(b"other")
+    assert re.fullmatch(r"a-[0-9a-f]{8}", ids(find_inputs([tmp_path / "copy"], ONE, out=out))[0])
+    (tmp_path / "x" / "a.nii.gz").write_bytes(b"changed in its place")
+    assert ids(find_inputs([tmp_path / "x"], ONE, out=out)) == ["a"]
+
+
+def test_an_input_given_twice_is_one_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "x" / "a.nii.gz")
+    series(tmp_path / "x" / "s")
+    monkeypatch.chdir(tmp_path)
+    found = find_inputs([Path("x"), tmp_path / "x" / "a.nii.gz", tmp_path / "x", tmp_path / "x" / "s"], ONE)
+    assert len(found) == 2
+    assert ids(found) == ids(find_inputs([tmp_path], ONE))
+
+
+def test_cases_of_two_datasets_keep_their_names_and_so_must_differ(
+    tmp_path: Path, tiny_dataset: Callable[..., Path]
+) -> None:
+    one = tiny_dataset(tmp_path / "one", cases=2, test=0)
+    two = tiny_dataset(tmp_path / "two", cases=1, test=0)
+    assert ids(find_inputs([one, one], ONE)) == ["c0", "c1"]
+    with pytest.raises(
+        BatchError, match=r"one/images/c0.* and .*two/images/c0.* would both be written as c0"
+    ) as caught:
+        find_inputs([one, two], ONE)
     assert caught.value.code == "SAME_NAME"
-    touch(tmp_path / "z" / "b.nii", tmp_path / "z" / "b.nii.gz")
-    with pytest.raises(BatchError, match="both be written as b"):
-        find_inputs([tmp_path / "z"], ONE)
-    with pytest.raises(BatchError, match="give the input only once"):
-        find_inputs([tmp_path / "x", tmp_path / "x" / "a.nii.gz"], ONE)
+    with_file = find_inputs([one, two / "images" / "c0.nii.gz"], ONE)
+    assert [name[:3] for name in ids(with_file)] == ["c0", "c0-", "c1"]
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])
@@ -136,9 +201,20 @@ def test_a_file_with_all_channels_is_a_case(tmp_path: Path) -> None:
 
 def test_cases_of_two_folders_are_not_mixed(tmp_path: Path) -> None:
     touch(*(tmp_path / folder / f"a_{token}.nii.gz" for folder in ("x", "y") for token in ("t1", "post_t1")))
-    with pytest.raises(BatchError) as caught:
-        find_inputs([tmp_path], TWO)
-    assert caught.value.code == "SAME_NAME"
+    found = find_inputs([tmp_path], TWO)
+    assert {tuple(path.parent.name for path in study.images) for study in found} == {("x", "x"), ("y", "y")}
+    assert len(set(ids(found))) == 2
+
+
+def test_the_time_points_of_one_series_are_two_studies(tmp_path: Path) -> None:
+    for file in [*series(tmp_path / "one", seed=1), *series(tmp_path / "two", seed=2)]:
+        dataset = pydicom.dcmread(file)
+        dataset.TemporalPositionIdentifier = 1 if file.parent.name == "one" else 2
+        dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = "1.2.3", "1.2.4"
+        dataset.save_as(file)
+    found = find_inputs([tmp_path], ONE)
+    assert len(set(ids(found))) == 2
+    assert ids(find_inputs([tmp_path], ONE)) == ids(found)
 
 
 def test_series_are_named_by_hashes_that_stay(tmp_path: Path) -> None:
@@ -207,3 +283,44 @@ def test_channels_of_a_dataset_stand_where_the_model_expects_them(
     ) as caught:
         find_inputs([stacked], TWO)
     assert caught.value.code == "CHANNEL_ORDER"
+
+
+def test_rules_make_one_study_of_the_series_of_several_channels(tmp_path: Path, two_sequences: SimpleNamespace) -> None:
+    spec = Spec.model_validate({"name": "two", "channels": two_sequences.channels, "labels": {"ball": 1}})
+    for number in range(2):
+        two_sequences.write(tmp_path / "archive" / str(number), number)
+    two_sequences.write(tmp_path / "archive" / "t1", 2, flair=False)
+    found = find_inputs([tmp_path / "archive"], spec)
+    assert all(re.fullmatch("case-[0-9a-f]{12}", name) for name in ids(found))
+    by_place = {study.origin.name: study for study in found}
+    assert set(by_place) == {"0", "1", "t1"}
+    first = by_place["0"]
+    assert [row.files[0].parent.name for row in first.channels] == ["S1", "S2"]
+    assert first.series is first.channels[0]
+    assert first.refusal is None
+    assert by_place["t1"].refusal is not None
+    assert by_place["t1"].refusal.code == "CHANNEL_MISSING"
+    before = first.digest()
+    shutil.move(tmp_path / "archive" / "0", tmp_path / "moved")
+    assert ids(find_inputs([tmp_path / "moved"], spec)) == [first.id]
+    (again,) = find_inputs([tmp_path / "moved"], spec)
+    assert again.digest() == before
+    next((tmp_path / "moved" / "S3").iterdir()).unlink()
+    assert find_inputs([tmp_path / "moved"], spec)[0].digest() == before, "the localizer is no input"
+    file = next((tmp_path / "moved" / "S2").iterdir())
+    file.write_bytes(file.read_bytes() + b"\0\0")
+    assert find_inputs([tmp_path / "moved"], spec)[0].digest() != before
+
+
+def test_a_rule_of_a_single_channel_leaves_other_series_out(tmp_path: Path, two_sequences: SimpleNamespace) -> None:
+    rule = {"mr": {"modality": "MR", "match": {"SeriesDescription": "T1"}}}
+    spec = Spec.model_validate({"name": "one", "channels": rule, "labels": {"ball": 1}})
+    two_sequences.write(tmp_path)
+    found = find_inputs([tmp_path], spec)
+    assert sorted(study.origin.name for study in found) == ["S1", "S4"], "both T1, not the FLAIR nor the localizer"
+    assert set(ids(found)) < set(ids(find_inputs([tmp_path], ONE)))
+    shutil.rmtree(tmp_path / "S1")
+    shutil.rmtree(tmp_path / "S4")
+    (missing,) = find_inputs([tmp_path], spec)
+    assert missing.refusal is not None
+    assert missing.refusal.code == "CHANNEL_MISSING"

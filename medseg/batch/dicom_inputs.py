@@ -1,0 +1,83 @@
+"""DICOM inputs of a batch: each series is a study, or, where the model has rules, its channels are found in a study."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from medseg.batch.study_input import StudyInput
+from medseg.errors import MedsegError
+from medseg.privacy import keyed_id
+from medseg.readers.dicom_index import SeriesFiles
+from medseg.readers.dicom_scan import scan
+from medseg.readers.dicom_select import choose_series, fitting
+from medseg.spec import Spec
+from medseg.studies import study_id
+
+
+def dicom_inputs(places: Sequence[Path], spec: Spec) -> list[StudyInput]:
+    """Return the studies below `places` (files and folders), and what is too damaged to tell.
+
+    Without rules each series is one, localizers that accompany others left out. A model with one channel and a rule
+    segments every series that fits; one with several channels takes one series for each from every study. A study
+    without them is refused, not forgotten, and so is a folder of damaged files without any series.
+    """
+    places = _outermost(places)
+    found = scan(places)
+    files = {file for row in found.series for file in row.files}
+    known = {file.parent for file in files}
+    given = {place for place in places if place.is_file()}
+    lost = {file.parent for file in found.damaged if file not in given} - known
+    lost |= given - files - ({file for file in given if file.parent in known} - set(found.damaged))
+    rows = _series_inputs(found.series) if not spec.rules else _ruled_inputs(found.series, spec)
+    return rows + [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in sorted(lost)]
+
+
+def chosen_input(name: str, spec: Spec, series: Sequence[SeriesFiles], order: Sequence[str]) -> StudyInput:
+    """Return the study `name` made of the series that the rules of `spec` choose, as channels called `order`.
+
+    `order` stands for the channels of the spec, in the order of the model. What cannot be chosen is refused later.
+    """
+    files = sorted({file for row in series for file in row.files})
+    origin = _common(files)
+    try:
+        chosen = choose_series(series, spec.rules)
+    except MedsegError as error:
+        return StudyInput(name, tuple(files), None, origin, refusal=error)
+    channels = tuple(chosen[key] for key in order)
+    folders = tuple(sorted({file.parent for row in channels for file in row.files}))
+    return StudyInput(name, folders, chosen[spec.reference_channel], origin, channels=channels)
+
+
+def _series_inputs(series: Sequence[SeriesFiles]) -> list[StudyInput]:
+    images = [row for row in series if row.refusal is None or row.refusal.code != "LOCALIZER"]
+    return [
+        StudyInput(keyed_id("case", *row.identity), (row.files[0].parent,), row, row.files[0].parent)
+        for row in images or series
+    ]
+
+
+def _ruled_inputs(series: Sequence[SeriesFiles], spec: Spec) -> list[StudyInput]:
+    studies: dict[str, list[SeriesFiles]] = {}
+    for row in series:
+        studies.setdefault(row.study_uid or str(row.files[0].parent.resolve()), []).append(row)
+    rows: list[StudyInput] = []
+    for uid, members in studies.items():
+        fits = fitting(members, next(iter(spec.rules.values()))) if len(spec.channels) == 1 else []
+        rows += _series_inputs(fits) or [chosen_input(study_id(uid), spec, members, list(spec.channels))]
+    return rows
+
+
+def _outermost(places: Iterable[Path]) -> list[Path]:
+    """Return the places without those that lie in another one or are given twice."""
+    kept: dict[Path, Path] = {}
+    for place in sorted(places, key=lambda place: len(place.resolve().parts)):
+        whole = place.resolve()
+        if whole not in kept and not set(whole.parents) & set(kept):
+            kept[whole] = place
+    return list(kept.values())
+
+
+def _common(files: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([file.absolute().parent for file in files]))

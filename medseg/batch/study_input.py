@@ -1,0 +1,47 @@
+"""One study that is to be segmented, before anything of it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medseg.errors import MedsegError
+from medseg.files import digest
+from medseg.preparation.cache import source_digest
+from medseg.readers.dicom_index import SeriesFiles
+from medseg.spec import Case
+
+
+@dataclass(frozen=True)
+class StudyInput:
+    """One image to be segmented.
+
+    Attributes
+    ----------
+    id : names every file that is written for it.
+    images : one path per channel, or one path for all; of a study whose channels were chosen, their folders.
+    series : the DICOM series on whose grid the mask lies, if it is one.
+    origin : where it was found, for the linkage table and the terminal only.
+    channels : one series per channel, where rules chose them in a DICOM study.
+    refusal : why its channels could not be chosen.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    series: SeriesFiles | None
+    origin: Path
+    channels: tuple[SeriesFiles, ...] = field(default=(), repr=False)
+    refusal: MedsegError | None = field(default=None, compare=False)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the input's bytes; empty if they cannot be read."""
+        try:
+            if self.channels:
+                return digest([_digest(self.id, row.files) for row in self.channels])
+            return _digest(self.id, self.series.files if self.series else self.images)
+        except OSError:
+            return digest("unreadable")
+
+
+def _digest(name: str, files: tuple[Path, ...]) -> str:
+    return source_digest(Case(name, tuple(sorted(files)), None, name))

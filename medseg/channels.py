@@ -1,0 +1,112 @@
+"""From the series or files of a study to one image with the channels of a spec, on one grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from medseg.errors import GeometryError, MedsegError
+from medseg.readers.dicom_index import SeriesFiles
+from medseg.readers.dicom_scan import scan
+from medseg.readers.dicom_select import choose_series
+from medseg.readers.dicom_series import read_series
+from medseg.regrid import resample_to
+from medseg.spec import Spec
+from medseg.volume import Volume, align_to, on_one_grid
+
+LEAST_SHARED = 0.5
+"""Two channels that share less than this of the smaller one's space show different parts of the body."""
+PADDED = 1e-3
+"""A channel that misses more of the reference's voxels than this is noted."""
+
+
+def choose_channels(spec: Spec, paths: tuple[Path, ...]) -> dict[str, SeriesFiles]:
+    """Return the series below `paths` that the rules of the spec choose, in the order of its channels.
+
+    Raises
+    ------
+    ReadError : CHANNEL_MISSING, CHANNEL_AMBIGUOUS, NOT_FOUND.
+    """
+    return choose_series(scan(paths).series, spec.rules)
+
+
+def read_chosen(spec: Spec, chosen: Mapping[str, SeriesFiles]) -> Volume:
+    """Read the chosen series as one volume on the grid of the reference channel.
+
+    Raises
+    ------
+    ReadError, GeometryError : as `read_series` and `combine`; FRAME_OF_REFERENCE_DIFFERS, two series do not lie in
+        one frame of reference and the spec does not allow it. The message names the channel.
+    """
+    differs = _frames_differ(chosen)
+    if differs and spec.frame_of_reference == "same":
+        raise GeometryError(
+            f"{differs}: where one lies in the other is unknown; register them first, or say "
+            "`frame_of_reference: any` in the spec if their positions are known to agree",
+            code="FRAME_OF_REFERENCE_DIFFERS",
+        )
+    volumes = {}
+    for name, series in chosen.items():
+        try:
+            volumes[name] = read_series(series)
+        except MedsegError as error:
+            raise type(error)(f"channel {name!r}: {error}", code=error.code) from error
+    image = combine(spec, volumes)
+    return replace(image, notes=tuple(sorted({*image.notes, *(["FRAME_OF_REFERENCE_DIFFERS"] if differs else [])})))
+
+
+def _frames_differ(chosen: Mapping[str, SeriesFiles]) -> str:
+    """Say which two channels do not lie in one known frame of reference; "" where all do."""
+    frames = {name: {header.frame_of_reference for header in series.headers} for name, series in chosen.items()}
+    (first, known), *others = frames.items()
+    for name, frame in others:
+        if frame != known:
+            return f"channels {first!r} and {name!r} lie in different frames of reference"
+        if "" in frame:
+            return f"channels {first!r} and {name!r} name no frame of reference"
+    return ""
+
+
+def combine(spec: Spec, volumes: Mapping[str, Volume]) -> Volume:
+    """Put the channels of a case together on the grid of the reference channel.
+
+    Another order or direction of axes is undone; where the spec says so (`resample`), other grids are resampled, too.
+
+    Returns
+    -------
+    Volume
+        (channels, I, J, K) float32 in the order of `volumes`, affine and meta of the reference, the notes of all and
+        CHANNEL_RESAMPLED, CHANNEL_PADDED.
+
+    Raises
+    ------
+    GeometryError : CHANNEL_GRID (other grid, and `resample` is false), CHANNEL_COVERAGE (a channel shares less than
+        half of its space, or of the reference's if that is smaller).
+    """
+    reference = volumes[spec.reference_channel]
+    order = {spec.reference_channel: reference, **volumes}
+    notes = {note for volume in volumes.values() for note in volume.notes}
+    fitted = dict(zip(order, on_one_grid(order), strict=True)) if not spec.resamples else {}
+    array = np.empty((len(volumes), *reference.shape), np.float32)
+    for number, (name, volume) in enumerate(volumes.items()):
+        turned = fitted.get(name) or align_to(volume, reference)
+        if turned is None:
+            turned, covered = resample_to(volume, reference)
+            _check_shared(spec, name, volume, reference, covered)
+            notes |= {"CHANNEL_RESAMPLED"} | ({"CHANNEL_PADDED"} if covered < 1 - PADDED else set())
+        array[number] = turned.array[0]
+    return replace(reference, array=array, notes=tuple(sorted(notes)))
+
+
+def _check_shared(spec: Spec, name: str, volume: Volume, reference: Volume, covered: float) -> None:
+    whole, other = (np.prod(v.shape) * v.voxel_volume for v in (reference, volume))
+    shared = float(covered * whole / min(whole, other))
+    if shared < LEAST_SHARED:
+        raise GeometryError(
+            f"channel {name!r} and the reference channel {spec.reference_channel!r} share {shared:.0%} of the space "
+            f"of the smaller one, at least {LEAST_SHARED:.0%} are needed: give series of the same part of the body",
+            code="CHANNEL_COVERAGE",
+        )
