@@ -21,15 +21,14 @@ def dicom_inputs(places: Sequence[Path], spec: Spec) -> list[StudyInput]:
 
     Without rules each series is one, localizers that accompany others left out. A model with one channel and a rule
     segments every series that fits; one with several channels takes one series for each from every study. A study
-    without them is refused, not forgotten, and so is a folder of damaged files without any series.
+    without them is refused, not forgotten, and so are a folder of damaged files without any series and a file of
+    another kind that was named.
     """
-    places = _outermost(places)
-    found = scan(places)
+    found = scan(_outermost(places))
     files = {file for row in found.series for file in row.files}
-    known = {file.parent for file in files}
-    given = {place for place in places if place.is_file()}
-    lost = {file.parent for file in found.damaged if file not in given} - known
-    lost |= given - files - ({file for file in given if file.parent in known} - set(found.damaged))
+    given = {place.resolve(): place for place in places if place.is_file()}
+    lost = {file.parent for file in found.damaged if file.resolve() not in given} - {file.parent for file in files}
+    lost |= {place for whole, place in given.items() if whole not in {file.resolve() for file in files}}
     rows = _series_inputs(found.series) if not spec.rules else _ruled_inputs(found.series, spec)
     return rows + [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in sorted(lost)]
 
