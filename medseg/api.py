@@ -158,33 +158,34 @@ def predict(
     cases: Literal["test", "train", "all"] | None = None,
     splits: PathLike | None = None,
     formats: Sequence[str] = ("nifti",),
+    send: Sequence[str] = (),
     display: Display | None = None,
 ) -> BatchResult:
     """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
 
     Parameters
     ----------
+    inputs : paths, or addresses of archives (``dicomweb://HOST:PORT/PATH?StudyDate=20260101-``).
     formats : of the results, names of medseg.exporters.EXPORTERS; "seg" gives ``OUT/<id>.seg.dcm``.
+    send : addresses of archives that get the results as DICOM.
 
     Raises
     ------
-    ConfigError, BatchError, BundleError, ExportError : nothing to do, no usable model, or OUT cannot be written.
+    ConfigError, BatchError, BundleError, ExportError : nothing to do, no usable model, an archive does not answer, or
+        OUT cannot be written.
     """
-    from medseg.batch.run import predict as run
+    from medseg.batch.run import predict as predict_files
+    from medseg.pacs.address import is_address
+    from medseg.pacs.predict import predict as predict_archives
 
     display = display or Display(None)
+    options: dict[str, Any] = {"mirror": mirror, "choice": cases, "splits": _path(splits), "formats": formats}
     with display:
         display.stage("predicting")
-        return run(
-            [Path(p) for p in inputs],
-            model=Path(model),
-            out=Path(out),
-            mirror=mirror,
-            choice=cases,
-            splits=_path(splits),
-            formats=formats,
-            progress=display.counted,
-        )
+        options |= {"model": Path(model), "out": Path(out), "progress": display.counted}
+        if send or any(is_address(place) for place in inputs):
+            return predict_archives(inputs, send=send, **options)
+        return predict_files([Path(place) for place in inputs], **options)
 
 
 def evaluate(

@@ -22,6 +22,7 @@ from medseg.cli_options import (
     Json,
     NoTrack,
     Seed,
+    Send,
     Settings,
     Splits,
     Steps,
@@ -172,19 +173,23 @@ def train(  # noqa: PLR0913 - one parameter an option
 
 @app.command()
 def predict(  # noqa: PLR0913 - one parameter an option
-    inputs: Annotated[list[Path], typer.Argument(help="Files, series folders, trees of studies, or a dataset.")],
+    inputs: Annotated[list[str], typer.Argument(help="Files, series folders, trees of studies, datasets, dicomweb://.")],
     model: Annotated[str, typer.Option(help="Run folder, bundle, or models:/NAME@ALIAS.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks; a repeated command does only what is missing.")],
     mirror: Annotated[bool | None, typer.Option(help="Average over mirrored inputs (default: as planned).")] = None,
     cases: CaseChoice = None,
     splits: Splits = None,
     formats: Formats = None,
+    send: Send = None,
     track: Store = Path(),
     json: Json = False,
 ) -> None:
     """Segment studies into OUT/<id>.nii.gz, on their own grids; exit 3 if some could not be done.
 
     Example: medseg predict archive/ --model runs/hippocampus --out masks
+
+    From an archive: medseg predict 'dicomweb://HOST:8042/dicom-web?StudyDate=20260105' --model runs/hippocampus
+    --out masks --format seg --send dicomweb://HOST:8042/dicom-web
     """
     from medseg import api
 
@@ -196,6 +201,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
         cases=None if cases is None else cases.value,
         splits=splits,
         formats=formats or ("nifti",),
+        send=send or (),
         display=_display(json),
     )
     if json:

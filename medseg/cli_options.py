@@ -39,6 +39,10 @@ Formats = Annotated[
         "commas.",
     ),
 ]
+Send = Annotated[
+    list[str] | None,
+    typer.Option(help="dicomweb://HOST:PORT/PATH of an archive that gets the results (dicomwebs:// for HTTPS)."),
+]
 
 
 def say(text: str) -> None:

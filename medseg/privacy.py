@@ -56,8 +56,8 @@ def _make_key(path: Path) -> None:
         candidate.unlink()
 
 
-def keyed_id(kind: str, *identifiers: str) -> str:
-    """Return ``<kind>-<12 hex digits>``, the same for the same identifiers and key."""
+def keyed_id(kind: str, *identifiers: str, digits: int = 12) -> str:
+    """Return ``<kind>-<hex digits>`` (at most 64), the same for the same identifiers and key."""
     # JSON keeps the parts apart whatever they hold, and takes text that is no valid Unicode.
     message = canonical_json(identifiers)
-    return f"{kind}-{hmac.new(_key(key_file()), message, hashlib.sha256).hexdigest()[:12]}"
+    return f"{kind}-{hmac.new(_key(key_file()), message, hashlib.sha256).hexdigest()[:digits]}"

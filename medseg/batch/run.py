@@ -103,14 +103,15 @@ def predict(
     for number, study in enumerate(studies):
         source = study.digest()
         names = tuple(f"{study.id}{EXPORTERS[name].suffix}" for name in formats)
-        entry = ledger.settled(study.id, input_digest=source, model_digest=_recipe(info, mirror), outputs=names)
+        entry = ledger.settled(study.id, input_digest=source, model_digest=recipe(info, mirror), outputs=names)
         entries.append(entry or _do(study, source, loaded, ledger, mirror, formats=formats))
         progress(number + 1, len(studies))
     write_text(out / "summary.csv", summary_csv(info.spec, entries))
     return BatchResult(out, tuple(entries), {study.id: study.origin for study in studies})
 
 
-def _recipe(info: BundleInfo, mirror: bool | None) -> str:
+def recipe(info: BundleInfo, mirror: bool | None) -> str:
+    """Return what results are made by: the digest of the model and the options that change its answer."""
     tta = info.plan.test_mirroring if mirror is None else mirror
     return f"{info.digest}{'+mirror' if tta else ''}"
 
@@ -122,7 +123,7 @@ def _do(
     formats = _with_earlier(formats, study, ledger)
     ledger.attempt(study.id)
     began = time.monotonic()
-    entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=_recipe(model.bundle.info, mirror))
+    entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=recipe(model.bundle.info, mirror))
     try:
         if study.refusal is not None:
             raise study.refusal

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 CODE = re.compile(r'code="([A-Z][A-Z_]+)"|^    code = "([A-Z][A-Z_]+)"', re.MULTILINE)
-PACKAGES = ["batch", "exporters", "training", "inference", "tracking", "evaluation"]
+PACKAGES = ["batch", "exporters", "training", "inference", "tracking", "evaluation", "pacs"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
