@@ -25,6 +25,7 @@ from medseg.pacs.delivery import Destination, Stow, clean_scratch, try_to_delive
 from medseg.pacs.visits import remember, settled
 from medseg.pacs.web import Patience, Web
 from medseg.privacy import keyed_id
+from medseg.readers.series_rules import ALIASES
 from medseg.spec import Spec
 
 GIVE_UP = 3
@@ -185,7 +186,7 @@ def _entry(name: str, options: Options, state: str, error: MedsegError) -> Entry
 def wanted_modalities(spec: Spec) -> frozenset[str]:
     """Return the modalities of the model's channels as DICOM writes them; empty where one takes anything."""
     named = [channel.modality.upper() for channel in spec.channels.values()]
-    return frozenset({"PET": "PT", "MRI": "MR"}.get(word, word) for word in named) if all(named) else frozenset()
+    return frozenset(ALIASES.get(word, word) for word in named) if all(named) else frozenset()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from medseg.batch.ledger import Entry, Ledger
 from medseg.exporters import EXPORTERS
 from medseg.files import write_json, write_text
 from medseg.pacs.archive import RemoteStudy
+from medseg.studies import study_id
 
 
 def remember(out: Path, study: RemoteStudy, entries: Sequence[Entry]) -> None:
@@ -59,7 +60,7 @@ def _keep_linkage(out: Path, study: RemoteStudy) -> None:
     if file.exists():
         with open(file, encoding="utf-8", newline="") as before:
             known = {row["id"]: (row["study"], row["series"]) for row in csv.DictReader(before)}
-    known |= {study.id: (study.uid, "")} | {series.case: (study.uid, series.uid) for series in study.series}
+    known |= {study.id: (study.uid, ""), study_id(study.uid): (study.uid, "")} | {series.case: (study.uid, series.uid) for series in study.series}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "study", "series"])
