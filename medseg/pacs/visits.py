@@ -60,7 +60,8 @@ def _keep_linkage(out: Path, study: RemoteStudy) -> None:
     if file.exists():
         with open(file, encoding="utf-8", newline="") as before:
             known = {row["id"]: (row["study"], row["series"]) for row in csv.DictReader(before)}
-    known |= {study.id: (study.uid, ""), study_id(study.uid): (study.uid, "")} | {series.case: (study.uid, series.uid) for series in study.series}
+    known |= dict.fromkeys((study.id, study_id(study.uid)), (study.uid, ""))
+    known |= {series.case: (study.uid, series.uid) for series in study.series}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "study", "series"])
