@@ -35,7 +35,7 @@ Formats = Annotated[
     list[str] | None,
     typer.Option(
         "--format",
-        help="nifti (default); for DICOM inputs also seg, seg-labelmap, seg-fractional, rtstruct, sr; several by "
+        help="nifti (default); for DICOM inputs also seg, seg-labelmap, seg-fractional, rtstruct, sr, sc; several by "
         "commas.",
     ),
 ]

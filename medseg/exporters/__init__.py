@@ -71,6 +71,12 @@ def _sr(path: Path, result: Result) -> tuple[str, ...]:
     return write_sr(path, result)
 
 
+def _sc(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.dicom_sc import write_sc
+
+    return write_sc(path, result)
+
+
 EXPORTERS: Registry[Exporter] = Registry(
     "exporters",
     {
@@ -80,6 +86,7 @@ EXPORTERS: Registry[Exporter] = Registry(
         "seg-fractional": Exporter(".fractional.dcm", _fractional, dicom=True, soft=True),
         "rtstruct": Exporter(".rtstruct.dcm", _rtstruct, dicom=True),
         "sr": Exporter(".sr.dcm", _sr, dicom=True, refers_to=("seg",)),
+        "sc": Exporter(".sc.dcm", _sc, dicom=True),
     },
 )
 

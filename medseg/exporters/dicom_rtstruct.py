@@ -24,6 +24,7 @@ from medseg.exporters.dicom_source import (
     equipment,
     identity,
     item,
+    study_of,
     write_object,
 )
 from medseg.exporters.outlines import filled, outlines
@@ -32,10 +33,6 @@ from medseg.volume import Volume
 
 OFF_PLANE = 0.01
 """How far a point may lie off its slice when it is read back, in slices: decimal strings are rounded."""
-_FROM_SOURCE = (
-    "StudyInstanceUID StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName StudyDescription "
-    "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex"
-)
 
 
 def write_rtstruct(path: Path, result: Result) -> tuple[str, ...]:
@@ -61,7 +58,7 @@ def build_rtstruct(result: Result, images: list[Dataset]) -> Dataset:
     names, made_by = identity(result, "RTSTRUCT"), equipment(result)
     dataset = item(
         SpecificCharacterSet="ISO_IR 192",
-        **{word: source.get(word) for word in _FROM_SOURCE.split() if word in source},
+        **study_of(source),
         SOPClassUID=RTStructureSetStorage,
         SOPInstanceUID=names["sop_instance_uid"],
         SeriesInstanceUID=names["series_instance_uid"],

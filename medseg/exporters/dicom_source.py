@@ -44,6 +44,10 @@ _EMPTY = (
     "ReferringPhysicianName"
 )
 """Demanded of every object, but may be empty (type 2): old archives leave them out altogether."""
+_OF_STUDY = (
+    "StudyInstanceUID StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName StudyDescription "
+    "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex"
+)
 _DATES = ("Content", "Acquisition", "Series", "Study")
 _UNKNOWN_DATE = "19000101"
 _OWN_DATES = (
@@ -159,6 +163,11 @@ def identity(result: Result, kind: str) -> dict[str, Any]:
         "manufacturer": MANUFACTURER,
         "series_description": description(result.spec),
     }
+
+
+def study_of(source: Dataset) -> dict[str, Any]:
+    """Return patient and study of a source image, by which an archive files what was made of it."""
+    return {word: source.get(word) for word in _OF_STUDY.split() if word in source}
 
 
 def equipment(result: Result) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def three_planes_png(
     """
     where = [labels for labels in (reference, mask) if labels is not None and np.isin(labels, list(colours)).any()]
     centre = _centre(np.isin(where[0], list(colours))) if where else tuple(n // 2 for n in image.shape)
-    planes = [_Plane(axis, centre[axis]) for axis in (2, 1, 0)]
+    planes = [Plane(axis, centre[axis]) for axis in (2, 1, 0)]
     widths = [image.shape[p.column] * spacing[p.column] for p in planes]
     heights = [image.shape[p.row] * spacing[p.row] for p in planes]
     inches = 2.8
@@ -92,14 +93,14 @@ def three_planes_png(
         labels, outline = (None if volume is None else plane.cut(volume) for volume in (mask, reference))
         distance = (spacing[plane.row], spacing[plane.column])
         _draw_slice(axes, plane.cut(image), labels, outline, colours, distance)
-        _letters(axes, plane.letters)
+        edge_letters(axes, plane.letters)
     if title:
         figure.suptitle(title, color="white", fontsize=9)
     return png(figure)
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """One plane of an RAS volume as it is shown: rows and columns both run against their axis.
 
     Right, anterior and superior are the positive ends of I, J and K; they are shown on the left and at the top.
@@ -110,10 +111,12 @@ class _Plane:
 
     @property
     def column(self) -> int:
+        """The axis from left to right."""
         return 1 if self.axis == 0 else 0
 
     @property
     def row(self) -> int:
+        """The axis from top to bottom."""
         return 1 if self.axis == 2 else 2
 
     @property
@@ -122,6 +125,7 @@ class _Plane:
         return ("RL", "AP", "SI")[self.column] + ("RL", "AP", "SI")[self.row]
 
     def cut(self, volume: Array) -> Array:
+        """Return (rows, columns) of a volume (I, J, K)."""
         return np.asarray(volume.take(self.index, axis=self.axis).T[::-1, ::-1])
 
 
@@ -155,13 +159,13 @@ def _draw_slice(
     axes.imshow(slice_rgb(image, mask, colours), aspect=aspect, interpolation="nearest")
     if mask is not None:
         for value, colour in colours.items():
-            _outline(axes, mask == value, colour, 1.0)
+            outline(axes, mask == value, colour, 1.0)
     if reference is not None:
         for value in colours:
-            _outline(axes, reference == value, "white", 1.1)
+            outline(axes, reference == value, "white", 1.1)
 
 
-def _outline(axes: Axes, inside: NDArray[np.bool_], colour: str, width: float) -> None:
+def outline(axes: Axes, inside: NDArray[np.bool_], colour: str, width: float) -> None:
     """Draw the border along the edges of the voxels, so that no smoothing hides a wrong voxel."""
     padded = np.pad(inside, 1)
     rows, columns = np.nonzero(padded[1:, :] != padded[:-1, :])
@@ -174,7 +178,7 @@ def _outline(axes: Axes, inside: NDArray[np.bool_], colour: str, width: float) -
         axes.plot(x, y, color=colour, linewidth=width, solid_capstyle="round", scalex=False, scaley=False)
 
 
-def _letters(axes: Axes, letters: str) -> None:
+def edge_letters(axes: Axes, letters: Sequence[str]) -> None:
     """Write the letters for left, right, top and bottom at the borders."""
     middle, low, high = 0.5, 0.02, 0.98
     places = (
