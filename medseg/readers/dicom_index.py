@@ -115,6 +115,8 @@ def check_headers(headers: Sequence[Header]) -> None:
         raise refuse("BAD_RESCALE", "some slices have slope and intercept, some have not")
     if any(scale is not None and scale[0] == 0 for scale in scales):
         raise refuse("BAD_RESCALE", "a slope is zero")
+    if len({header.meta.get("Units") for header in headers}) > 1:
+        raise refuse("BAD_RESCALE", "the slices are in different Units")
     first_of: dict[tuple[str, int], Header] = {}
     for header in headers:
         other = first_of.setdefault(header.key, header)

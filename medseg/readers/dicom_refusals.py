@@ -61,6 +61,9 @@ REFUSALS: dict[str, Kind] = {
     "PART_INCOMPLETE": Kind(GeometryError, "what others show there is not shown at its time or setting: " + _EXPORT),
     "SINGLE_SLICE": Kind(GeometryError, "one slice has no spacing: give the whole series"),
     "SLICES_ASIDE": Kind(GeometryError, "they do not show the same part of the body: separate them"),
+    "SUV_INCOMPLETE": Kind(
+        ReadError, "complete the header, or read what is stored (`values: stored` in the channel of the spec)"
+    ),
     "TILT_TOO_STEEP": Kind(GeometryError, "no gantry tilts so far, the positions may be damaged: " + _EXPORT),
     "TRUNCATED": Kind(ReadError, "the file is cut short: copy or export it again"),
     "UNREADABLE": Kind(ReadError, "the file is damaged: copy or export it again"),

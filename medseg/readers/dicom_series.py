@@ -21,6 +21,7 @@ from medseg.readers.dicom_pixels import Pixels, read_slices
 from medseg.readers.dicom_refusals import refuse
 from medseg.readers.dicom_regular import to_upright, upright_grid
 from medseg.readers.dicom_scan import Found, scan
+from medseg.readers.dicom_suv import suv_factors
 from medseg.volume import Volume
 
 MAX_BYTES = 4 * 2**30
@@ -33,6 +34,7 @@ def read_series(
     *,
     allow: Collection[Allowance] = (),
     max_bytes: int = MAX_BYTES,
+    suv: bool = False,
 ) -> Volume:
     """Read one series.
 
@@ -42,6 +44,7 @@ def read_series(
     allow : what is corrected by resampling instead of refused: "tilt" (GANTRY_TILT), "irregular" (IRREGULAR_SPACING,
         MISSING_SLICES). A series without such a fault is read as without it, bit for bit.
     max_bytes : refuse a larger volume before anything is allocated.
+    suv : bring PET values to SUV by body weight, or refuse (SUV_INCOMPLETE).
 
     Returns
     -------
@@ -49,7 +52,7 @@ def read_series(
         array (1, I, J, K) float32: I along a row (column index), J down the rows, K along cross(row, column); values
         in HU for CT, the stored unit for MR and PET. affine exact from position, directions and spacing, RAS+ mm.
         notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, LOSSY, NOT_HU (CT), NO_FRAME_OF_REFERENCE, NO_RESCALE
-        and RESCALE_VARIES (CT), PADDING_MASKED, REAL_WORLD_MAP, TILT_CORRECTED, SPACING_REGULARISED.
+        and RESCALE_VARIES (CT), PADDING_MASKED, REAL_WORLD_MAP, SPACING_REGULARISED, SUV_BW, TILT_CORRECTED.
         A corrected one lies on an upright grid (see dicom_regular) that covers all slices; where none is, it holds air
         (CT) or the lowest value.
         meta: Modality, Manufacturer, Units when present, and how a corrected series lay; no free text.
@@ -70,11 +73,12 @@ def read_series(
     stack = series_stack(headers)
     upright = upright_grid(stack, allow)
     ordered = [headers[index] for index in stack.order]
+    factors = suv_factors(ordered) if suv else [1.0] * len(ordered)
     with quiet():
         _check_duplicates(duplicates, headers)
         if upright is not None:
             _check_size(upright.shape, max_bytes)
-        array, seen = _stack(ordered)
+        array, seen = _stack(ordered, factors)
     affine, meta = stack.affine, dict(headers[0].meta)
     if upright is not None:
         array = to_upright(array, upright, fill=_outside(array, headers[0].modality))
@@ -86,6 +90,8 @@ def read_series(
     if headers[0].modality == "CT":
         notes += ["NO_RESCALE"] * (headers[0].rescale is None)
         notes += ["RESCALE_VARIES"] * (len({header.rescale for header in headers}) > 1)
+    if suv:
+        notes, meta = [*notes, "SUV_BW"], meta | {"Units": "GML"}
     return Volume(array, affine, notes=tuple(sorted({*notes, *seen})), meta=meta)
 
 
@@ -153,14 +159,14 @@ def _digest(pixels: Pixels) -> bytes:
     return hashlib.sha256(repr(content.shape).encode() + content.tobytes()).digest()
 
 
-def _stack(headers: Sequence[Header]) -> tuple[NDArray[np.float32], set[str]]:
+def _stack(headers: Sequence[Header], factors: Sequence[float]) -> tuple[NDArray[np.float32], set[str]]:
     """Read the slices in order into (1, I, J, K); padding becomes the lowest real value. Also: what to note."""
     first = headers[0]
     array = np.empty((1, len(headers), first.rows, first.columns), np.float32).transpose(0, 3, 2, 1)
     padded: dict[int, NDArray[np.bool_]] = {}
     notes: set[str] = set()
     lowest = np.inf
-    for k, pixels in read_slices(headers):
+    for k, pixels in read_slices(headers, factors):
         notes |= pixels.notes
         array[0, :, :, k] = pixels.values
         real = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
