@@ -51,7 +51,7 @@ def read_chosen(spec: Spec, chosen: Mapping[str, SeriesFiles]) -> Volume:
     volumes = {}
     for name, series in chosen.items():
         try:
-            volumes[name] = read_series(series)
+            volumes[name] = read_series(series, suv=spec.channels[name].suv)
         except MedsegError as error:
             raise type(error)(f"channel {name!r}: {error}", code=error.code) from error
     image = combine(spec, volumes)

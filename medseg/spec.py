@@ -26,6 +26,7 @@ from medseg.registry import did_you_mean
 
 BACKGROUND = "background"
 Normalisation = Literal["auto", "zscore", "ct", "none"]
+Values = Literal["auto", "stored", "suv"]
 Split = Literal["train", "test"]
 
 
@@ -39,12 +40,16 @@ class Channel(Config):
     file : what stands for {channel} in the pattern `images` (the channel's name unless told).
     match : header attribute -> regular expression, number or [lowest, highest]: finds its series in a DICOM study,
         together with `modality`; {} goes by the modality alone.
+    values : what the numbers of a DICOM series are brought to: "suv" (PET only), "stored" (the unit that its header
+        states), "auto" chooses "suv" for PET, so that Bq/mL of one patient never meet SUV of another. Other files are
+        read as they are.
     """
 
     modality: str = ""
     normalisation: Normalisation = "auto"
     file: str | None = None
     match: dict[str, Condition] | None = None
+    values: Values = "auto"
 
     @field_validator("match", mode="before")
     @classmethod
@@ -54,6 +59,17 @@ class Channel(Config):
             if problems:
                 raise ValueError("; ".join(problems))
         return value
+
+    @model_validator(mode="after")
+    def _suv_of_pet(self) -> Self:
+        if self.values == "suv" and ALIASES.get(self.modality, self.modality) not in ("PT", ""):
+            raise ValueError(f"values: suv is for PET, the modality is {self.modality!r}")
+        return self
+
+    @property
+    def suv(self) -> bool | None:
+        """Whether a DICOM series of this channel is read in SUV; None: if it is PET."""
+        return {"stored": False, "suv": True, "auto": None}[self.values]
 
 
 def _expression(value: str | None) -> str | None:

@@ -72,7 +72,9 @@ def read_channels(spec: Spec, paths: tuple[Path, ...]) -> Volume:
     for name, path in zip(names, paths, strict=False):
         if not path.exists():
             raise ReadError(f"the file of channel {name!r} ({path.name}) is missing", code="CHANNEL_MISSING")
-    volumes = [read_image(path) for path in paths]
+    # paths and channels differ in number where one file holds all channels
+    suv = [channel.suv for channel in spec.channels.values()] if len(paths) == len(names) else [None] * len(paths)
+    volumes = [read_image(path, suv=wanted) for path, wanted in zip(paths, suv, strict=True)]
     counts = [volume.array.shape[0] for volume in volumes]
     if sum(counts) != len(names) or (len(counts) > 1 and max(counts) > 1):
         raise ReadError(

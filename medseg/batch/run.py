@@ -189,7 +189,7 @@ def _read(study: StudyInput, spec: Spec) -> Volume:
     if study.channels:
         return read_chosen(spec, dict(zip(spec.channels, study.channels, strict=True)))
     if study.series is not None:
-        return read_series(study.series)
+        return read_series(study.series, suv=next(iter(spec.channels.values())).suv)
     return read_channels(spec, study.images)
 
 

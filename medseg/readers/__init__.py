@@ -24,18 +24,21 @@ class Reader:
     identifying : whether names on disk may identify a patient, so that case ids must be hashed.
     labels : reads masks of this kind where they are no label map of their own but name structures; None where
         `read` gives the label map.
+    read_suv : as `read`, and whether values are brought to SUV (None: if they are PET); None for files that do not
+        say what they hold.
     """
 
     can_read: Callable[[Path], bool]
     read: Callable[[Path], Volume]
     identifying: bool = False
     labels: LabelReader | None = None
+    read_suv: Callable[[Path, bool | None], Volume] | None = None
 
 
-def _read_dicom(path: Path) -> Volume:
+def _read_dicom(path: Path, suv: bool | None = False) -> Volume:
     from medseg.readers.dicom_series import read_series
 
-    return read_series(path)
+    return read_series(path, suv=suv)
 
 
 def _read_dicom_labels(path: Path, request: LabelRequest) -> Volume:
@@ -52,7 +55,7 @@ READERS: Registry[Reader] = Registry(
     "readers",
     {
         "nifti": Reader(is_nifti, read_nifti),
-        "dicom": Reader(_is_dicom, _read_dicom, identifying=True, labels=_read_dicom_labels),
+        "dicom": Reader(_is_dicom, _read_dicom, True, _read_dicom_labels, _read_dicom),
     },
 )
 
@@ -69,8 +72,12 @@ def reader_for(path: Path) -> Reader:
     )
 
 
-def read_image(path: Path) -> Volume:
+def read_image(path: Path, *, suv: bool | None = False) -> Volume:
     """Read one image file or series folder as a Volume (C, I, J, K), whatever its format.
+
+    Parameters
+    ----------
+    suv : bring the values of a DICOM series to SUV; None: if it is PET. Other kinds of files are taken as they are.
 
     Raises
     ------
@@ -78,4 +85,5 @@ def read_image(path: Path) -> Volume:
     """
     if not path.exists():
         raise ReadError(f"{path.name}: this file or folder does not exist", code="NOT_FOUND")
-    return reader_for(path).read(path)
+    reader = reader_for(path)
+    return reader.read(path) if reader.read_suv is None else reader.read_suv(path, suv)

@@ -34,7 +34,7 @@ def read_series(
     *,
     allow: Collection[Allowance] = (),
     max_bytes: int = MAX_BYTES,
-    suv: bool = False,
+    suv: bool | None = False,
 ) -> Volume:
     """Read one series.
 
@@ -44,7 +44,7 @@ def read_series(
     allow : what is corrected by resampling instead of refused: "tilt" (GANTRY_TILT), "irregular" (IRREGULAR_SPACING,
         MISSING_SLICES). A series without such a fault is read as without it, bit for bit.
     max_bytes : refuse a larger volume before anything is allocated.
-    suv : bring PET values to SUV by body weight, or refuse (SUV_INCOMPLETE).
+    suv : bring PET values to SUV by body weight, or refuse (SUV_INCOMPLETE); None: if it is PET.
 
     Returns
     -------
@@ -73,6 +73,7 @@ def read_series(
     stack = series_stack(headers)
     upright = upright_grid(stack, allow)
     ordered = [headers[index] for index in stack.order]
+    suv = headers[0].modality == "PT" if suv is None else suv
     factors = suv_factors(ordered) if suv else [1.0] * len(ordered)
     with quiet():
         _check_duplicates(duplicates, headers)

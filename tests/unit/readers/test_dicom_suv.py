@@ -16,11 +16,16 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
+from medseg.batch.run import _read
+from medseg.batch.study_input import StudyInput
+from medseg.channels import read_chosen
 from medseg.errors import ReadError
 from medseg.phantom.dicom import write_series
 from medseg.readers.dicom_scan import find_series
 from medseg.readers.dicom_series import read_series
 from medseg.readers.dicom_suv import suv_factors
+from medseg.spec import Channel, Spec
+from medseg.studies import read_channels
 from medseg.volume import Volume
 
 Edit = Callable[[Dataset, int], object]
@@ -295,6 +300,52 @@ def test_older_forms_of_times_are_read(pet: Callable[..., Path]) -> None:
         given={"RadiopharmaceuticalStartTime": "10"},
     )
     assert factors(folder) == [AFTER_ONE_HALF_LIFE] * SLICES
+
+
+# ---- channels -------------------------------------------------------------------------------------------------------
+
+
+def spec_of(channel: dict[str, Any]) -> Spec:
+    return Spec.model_validate({"name": "toy", "channels": {"pet": channel}, "labels": {"tumour": 1}})
+
+
+CHANNELS: dict[str, tuple[dict[str, str], float]] = {
+    "PET is uptake": ({"modality": "PT"}, AFTER_ONE_HALF_LIFE),
+    "by its other name": ({"modality": "PET"}, AFTER_ONE_HALF_LIFE),
+    "also where the spec does not say that it is PET": ({}, AFTER_ONE_HALF_LIFE),
+    "on demand": ({"values": "suv"}, AFTER_ONE_HALF_LIFE),
+    "as stored, on demand": ({"modality": "PT", "values": "stored"}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("how", ["file by pattern", "series of a batch", "series by rule"])
+def test_a_channel_of_pet(name: str, how: str, pet: Callable[..., Path]) -> None:
+    keys, factor = CHANNELS[name]
+    match = {"match": {}} if how == "series by rule" else {}
+    spec = spec_of(keys | match)
+    folder = pet()
+    plain = read_series(folder).array
+    found = {
+        "file by pattern": lambda: read_channels(spec, (folder,)),
+        "series of a batch": lambda: _read(StudyInput("x", (folder,), find_series(folder)[0], folder), spec),
+        "series by rule": lambda: read_chosen(spec, {"pet": find_series(folder)[0]}),
+    }[how]()
+    np.testing.assert_allclose(found.array, plain * factor, rtol=1e-6)
+    assert ("SUV_BW" in found.notes) == (factor != 1)
+
+
+def test_other_modalities_are_as_they_were(tmp_path: Path) -> None:
+    write_series(Volume(np.arange(48, dtype=np.float32).reshape(1, 4, 4, 3), np.eye(4)), tmp_path, modality="CT")
+    found = read_channels(spec_of({"modality": "CT"}), (tmp_path,))
+    assert (float(found.array.max()), found.notes) == (47.0, ())
+    with pytest.raises(ReadError, match="only PET"):
+        read_channels(spec_of({"values": "suv"}), (tmp_path,))
+
+
+def test_uptake_of_ct_is_no_spec() -> None:
+    with pytest.raises(ValueError, match="values: suv is for PET, the modality is 'CT'"):
+        Channel(modality="CT", values="suv")
 
 
 # ---- refused --------------------------------------------------------------------------------------------------------
