@@ -6,7 +6,7 @@ Every series is a 33 x 35 x 8 phantom in which each voxel has its own value, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,21 +14,18 @@ from typing import Any, Literal
 
 import nibabel.orientations as orientations
 import numpy as np
-from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset
 from scipy.spatial.transform import Rotation
 
 from medseg.phantom import damage as d
 from medseg.phantom.dicom import write_series
-from medseg.volume import Affine, Volume, grid_distance
+from medseg.phantom.multiframe import write_multiframe
+from medseg.volume import Affine, Volume
 
 SHAPE = (33, 35, 8)
 GAP = 2.5
 ORIGIN = (12.5, -31.25, 101.0)
-MATCH_MM = 0.01
-"""A corner voxel further from its true place than this is a wrong geometry; readers store affines as float32."""
-
 Outcome = Literal["read", "split"] | str
 """What must happen: read exactly; split into volumes that are read exactly; else the reason code of the refusal."""
 Truth = Callable[[], tuple[Volume, ...]]
@@ -53,6 +50,7 @@ def oblique(degrees: tuple[float, float, float], spacing: tuple[float, float, fl
 
 
 AXIAL = axes("LPS")
+_OBLIQUE = oblique((20, -15, 40), (0.8, 1.1, 3.0))
 
 
 def phantom(affine: Affine = AXIAL, *, lowest: int = -300, seed: int = 0) -> Volume:
@@ -65,8 +63,10 @@ def _with_slope_per_slice() -> Volume:
     """Return a PET: whole multiples of another slope in each slice, the largest of each being 32767 of them."""
     stored = phantom(lowest=0).array.astype(np.float64) % 5000
     stored[0, 0, 0] = 32767
-    slopes = 0.763 + 0.211 * np.arange(SHAPE[2])
-    return Volume((stored * slopes).astype(np.float32), AXIAL)
+    return Volume((stored * SLOPES).astype(np.float32), AXIAL)
+
+
+SLOPES = tuple(float(slope) for slope in np.round(0.763 + 0.211 * np.arange(SHAPE[2]), 3))
 
 
 def _leaning(degrees: float) -> Volume:
@@ -125,6 +125,25 @@ class Hazard:
         return paths
 
 
+@dataclass(frozen=True)
+class EnhancedHazard(Hazard):
+    """A row whose healthy series is one multi-frame file; `damage` is done to it.
+
+    Attributes
+    ----------
+    slopes : of each slice.
+    """
+
+    slopes: tuple[float, ...] = (1.0,)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the damaged file, its frames in no order."""
+        volumes = self.truth() or (self.start(),)
+        paths = [write_multiframe(volumes, folder / "IM1", modality=self.modality, slopes=self.slopes, seed=1)]
+        self.damage(paths)
+        return paths
+
+
 def _nothing() -> tuple[Volume, ...]:
     return ()
 
@@ -146,8 +165,28 @@ def _refuse(code: str, damage: d.Damage, truth: Truth = _nothing, **others: Any)
     return Hazard(code, damage, truth, **others)
 
 
-def _colour(dataset: Dataset) -> None:
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
+def _frame(change: d.Edit, number: int = 3) -> d.Damage:
+    """Change the functional groups of one frame of a multi-frame file."""
+    return d.one(lambda dataset: change(dataset.PerFrameFunctionalGroupsSequence[number]), index=0)
+
+
+def _nine_frames(dataset: Dataset) -> None:
+    dataset.NumberOfFrames = SHAPE[2] + 1
+
+
+def _without_frame(dataset: Dataset) -> None:
+    """Take the frame of the fourth slice out, cleanly."""
+    items = list(dataset.PerFrameFunctionalGroupsSequence)
+    at = next(n for n, item in enumerate(items) if item.FrameContentSequence[0].InStackPositionNumber == 4)
+    size = 2 * dataset.Rows * dataset.Columns
+    data = dataset.PixelData
+    dataset.PixelData = data[: at * size] + data[(at + 1) * size :]
+    dataset.PerFrameFunctionalGroupsSequence = items[:at] + items[at + 1 :]
+    dataset.NumberOfFrames = len(items) - 1
+
+
+def _lift(dataset: Dataset) -> None:
+    d.shift(0, 0, 0.4)(dataset.PlanePositionSequence[0])
 
 
 def _even() -> tuple[Volume, ...]:
@@ -166,7 +205,7 @@ READ: dict[str, Hazard] = {
     "sagittal, to the left": _as_is(axes("PSL")),
     "coronal": _as_is(axes("LIP")),
     "coronal, to anterior": _as_is(axes("RIA")),
-    "oblique": _as_is(oblique((20, -15, 40), (0.8, 1.1, 3.0))),
+    "oblique": _as_is(_OBLIQUE),
     "double oblique": _as_is(oblique((-35, 50, 160), (0.8, 1.1, -3.0))),
     "reversed instance numbers": _read(d.numbered(lambda k: d.put(InstanceNumber=SHAPE[2] - k))),
     "every instance number 1": _read(d.each(d.put(InstanceNumber=1))),
@@ -217,6 +256,13 @@ READ: dict[str, Hazard] = {
         lambda paths: (paths[0].rename(paths[0].with_suffix("")), paths[0].with_name("x.txt").write_text("no"))
     ),
     "unknown character set": _read(d.each(d.put(SpecificCharacterSet="ISO_IR 999", SeriesDescription="Sch\u00e4del"))),
+    "enhanced CT, frames in no order": EnhancedHazard("read", lambda paths: None),
+    "enhanced CT, oblique": EnhancedHazard("read", lambda paths: None, lambda: (phantom(_OBLIQUE),)),
+    "enhanced CT, RLE": EnhancedHazard("read", d.compressed(uid.RLELossless)),
+    "enhanced CT, deflated": EnhancedHazard("read", d.rewritten(uid.DeflatedExplicitVRLittleEndian)),
+    "enhanced PET, slope per frame": EnhancedHazard(
+        "read", lambda paths: None, lambda: (_with_slope_per_slice(),), modality="PT", slopes=SLOPES
+    ),
 }
 """Must be read, every voxel and its place exact."""
 
@@ -227,6 +273,9 @@ SPLIT: dict[str, Hazard] = {
     "two b-values": _split(d.second_time(DiffusionBValue=1000.0)),
     "two acquisitions": _split(d.second_time(AcquisitionNumber=2)),
     "two matrix sizes": _split(d.taller, _halves),
+    "enhanced MR, two time points": EnhancedHazard(
+        "split", lambda paths: None, lambda: (phantom(lowest=0), phantom(lowest=1)), modality="MR"
+    ),
 }
 """Must come apart into volumes that are each exact; read as one series they are refused, localizers set aside."""
 
@@ -271,55 +320,12 @@ REFUSE: dict[str, Hazard] = {
     "no decoder": _refuse("NO_DECODER", d.unknown_syntax),
     "sequences 2000 deep": _refuse("UNREADABLE", d.nested),
     "last slice empty": _refuse("UNREADABLE", lambda paths: paths[-1].write_bytes(b"")),
+    "enhanced, missing frame": EnhancedHazard("MISSING_SLICES", d.one(_without_frame, index=0), _nothing),
+    "enhanced, one frame 0.4 mm off": EnhancedHazard("IRREGULAR_SPACING", _frame(_lift), _nothing),
+    "enhanced, frame without position": EnhancedHazard("NO_POSITION", _frame(d.drop("PlanePositionSequence")), _even),
+    "enhanced, fewer frames than declared": EnhancedHazard("UNREADABLE", d.one(_nine_frames, index=0), _nothing),
+    "enhanced, pixels cut short": EnhancedHazard("TRUNCATED", d.cut(0.95, index=0), _nothing),
 }
 """Must be refused with this code: no exact volume can be made, or only by trusting what contradicts the rest."""
 
 HAZARDS: dict[str, Hazard] = READ | SPLIT | REFUSE
-
-
-def distance_to(found: Volume, truth: Volume) -> tuple[float, float]:
-    """Return the largest error of a value and of a corner voxel's place (mm), the axes turned to those of `truth`.
-
-    Both are infinite for another shape.
-    """
-    relative = np.linalg.inv(truth.affine) @ found.affine
-    flips: NDArray[Any] = np.asarray(orientations.io_orientation(relative))
-    if np.isnan(flips).any():
-        return np.inf, np.inf
-    array = orientations.apply_orientation(found.array[0], flips)
-    if array.shape != truth.shape:
-        return np.inf, np.inf
-    affine = found.affine @ orientations.inv_ornt_aff(flips, found.shape)
-    values = float(np.abs(np.asarray(array, np.float64) - truth.array[0]).max())
-    return values, grid_distance(truth.shape, affine, truth.affine)
-
-
-def matches(found: Volume, truth: Volume) -> bool:
-    """Tell whether a volume is the truth: values to float32, corners to `MATCH_MM`."""
-    values, place = distance_to(found, truth)
-    return values <= 1e-6 * float(np.abs(truth.array).max()) and place <= MATCH_MM
-
-
-def verdict(hazard: Hazard, found: Sequence[Volume]) -> str:
-    """Judge what a reader made of a hazard: "exact", a name in `tolerated`, or "wrong" with the figures.
-
-    Exact: each true volume was found, and nothing else but the asides.
-    """
-    truths = hazard.truth()
-    if truths and len(truths) <= len(found) <= len(truths) + hazard.asides:
-        if all(any(matches(volume, truth) for volume in found) for truth in truths):
-            return "exact"
-        for name, other in hazard.tolerated:
-            if len(found) == 1 and matches(found[0], other()):
-                return name
-    return f"wrong: {_how_wrong(found, truths)}"
-
-
-def _how_wrong(found: Sequence[Volume], truths: Sequence[Volume]) -> str:
-    sizes = " and ".join("x".join(map(str, volume.shape)) for volume in found[:3])
-    if not truths or not found:
-        return f"{len(found)} volumes of {sizes}"
-    values, place = min((distance_to(found[0], truth) for truth in truths), key=lambda errors: (errors[1], errors[0]))
-    if np.isinf(place):
-        return f"{len(found)} of {len(truths)} volumes, {sizes}, {found[0].spacing[2]:.3f} mm apart"
-    return f"{len(found)} of {len(truths)} volumes, values off by {values:.4g}, places by {place:.2f} mm"

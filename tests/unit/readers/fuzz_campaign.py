@@ -27,8 +27,10 @@ from pydicom.sr.codedict import codes
 from medseg.errors import MedsegError
 from medseg.phantom import damage
 from medseg.phantom.dicom import write_series
-from medseg.phantom.hazards import HAZARDS, distance_to, phantom
+from medseg.phantom.hazards import HAZARDS, phantom
+from medseg.phantom.multiframe import write_multiframe
 from medseg.phantom.mutations import mutate_bytes, mutate_dataset, rewrite
+from medseg.phantom.verdicts import distance_to
 from medseg.readers.dicom_labels import read_dicom_labels
 from medseg.readers.dicom_series import read_series
 from medseg.readers.label_request import LabelRequest, Wanted
@@ -54,6 +56,13 @@ LABELS = frozenset(
         *("ReferencedROINumber", "ContourSequence", "ContourData", "NumberOfContourPoints", "ContourGeometricType"),
     }
 )
+FRAMES = frozenset(
+    {
+        *("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence", "PlaneOrientationSequence"),
+        *("PixelMeasuresSequence", "PixelValueTransformationSequence", "NumberOfFrames"),
+    }
+)
+"""Stand once for all frames, or hold them; PlanePositionSequence and what is in it belong to one frame."""
 
 
 @dataclass
@@ -78,6 +87,12 @@ def series(folder: Path, how: damage.Damage = lambda paths: None, modality: str 
     how(write_series(volume, folder, modality=modality))
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     return Subject(files, read_series, read_series(folder))
+
+
+def enhanced(folder: Path, how: damage.Damage = lambda paths: None) -> Subject:
+    path = write_multiframe([phantom()], folder / "frames.dcm", modality="CT", seed=5)
+    how([path])
+    return Subject({path.name: path.read_bytes()}, read_series, read_series(folder), FRAMES)
 
 
 def labels(folder: Path, write: Callable[[Path, list[Dataset], np.ndarray], None]) -> Subject:
@@ -160,6 +175,8 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "deflated": lambda folder: series(folder, damage.rewritten(uid.DeflatedExplicitVRLittleEndian)),
     "compressed": lambda folder: series(folder, mixed),
     "pet": lambda folder: series(folder, modality="PT"),
+    "enhanced": enhanced,
+    "enhanced-rle": lambda folder: enhanced(folder, damage.compressed(uid.RLELossless)),
     "seg": lambda folder: labels(folder, seg("BINARY")),
     "fractional": lambda folder: labels(folder, seg("FRACTIONAL", uid.RLELossless)),
     "labelmap": lambda folder: labels(folder, seg("LABELMAP")),
@@ -201,7 +218,9 @@ def may_change(hit: set[str], subject: Subject, *, everywhere: bool) -> str:
     """Say what of the truth is lost when these elements were hit."""
     relevant = GEOMETRY | VALUES | subject.relevant
     if len(subject.files) == 1:
-        return "any" if hit & relevant else ""
+        # of the geometry, only the positions stand in each frame, where the others tell that one is wrong
+        alone = hit - {"ImagePositionPatient"} if subject.relevant is FRAMES else hit
+        return "any" if alone & relevant else ""
     return "any" if everywhere and hit & GEOMETRY else "values" if hit & VALUES else ""
 
 

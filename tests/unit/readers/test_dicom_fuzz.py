@@ -20,7 +20,7 @@ from medseg.phantom.mutations import OPERATIONS, mutate_bytes, mutate_dataset, r
 CAMPAIGN = Path(__file__).with_name("fuzz_campaign.py")
 SUBJECTS = (
     *("classic", "implicit", "deflated", "compressed", "pet"),
-    *("seg", "fractional", "labelmap", "rtstruct"),
+    *("enhanced", "enhanced-rle", "seg", "fractional", "labelmap", "rtstruct"),
 )
 GROWN_MIB = 400
 """What the whole campaign may need beyond the imports: the files hold 20 kB of pixels each."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from medseg.errors import GeometryError, MedsegError, ReadError
-from medseg.phantom.hazards import HAZARDS, READ, REFUSE, SPLIT, distance_to, phantom, verdict
+from medseg.phantom.hazards import HAZARDS, READ, REFUSE, SPLIT, phantom
+from medseg.phantom.verdicts import distance_to, verdict
 from medseg.readers.dicom_refusals import REFUSALS
 from medseg.readers.dicom_scan import find_series
 from medseg.readers.dicom_series import read_series
