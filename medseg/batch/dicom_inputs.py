@@ -9,6 +9,7 @@ from pathlib import Path
 from medseg.batch.study_input import StudyInput
 from medseg.errors import MedsegError
 from medseg.privacy import keyed_id
+from medseg.readers.dicom_damage import Lost
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_select import choose_series, fitting
@@ -21,16 +22,23 @@ def dicom_inputs(places: Sequence[Path], spec: Spec) -> list[StudyInput]:
 
     Without rules each series is one, localizers that accompany others left out. A model with one channel and a rule
     segments every series that fits; one with several channels takes one series for each from every study. A study
-    without them is refused, not forgotten, and so are a folder of damaged files without any series and a file of
-    another kind that was named.
+    without them is refused, not forgotten, and so are damaged files that belong to no series, folders that may not be
+    listed, and a file of another kind that was named.
     """
     found = scan(_outermost(places))
     files = {file for row in found.series for file in row.files}
     given = {place.resolve(): place for place in places if place.is_file()}
-    lost = {file.parent for file in found.damaged if file.resolve() not in given} - {file.parent for file in files}
-    lost |= {place for whole, place in given.items() if whole not in {file.resolve() for file in files}}
+    used = {file.resolve() for file in files}
+    others = sorted(place for whole, place in given.items() if whole not in used)
     rows = _series_inputs(found.series) if not spec.rules else _ruled_inputs(found.series, spec)
-    return rows + [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in sorted(lost)]
+    rows += [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in others]
+    lost = [part for part in found.lost if not part.files or {file.resolve() for file in part.files} - set(given)]
+    return rows + [_lost_input(part) for part in lost]
+
+
+def _lost_input(part: Lost) -> StudyInput:
+    words = (part.uid,) if part.uid else (str(part.place.resolve()),)
+    return StudyInput(keyed_id("case", *words), part.files or (part.place,), None, part.place, refusal=part.error())
 
 
 def chosen_input(name: str, spec: Spec, series: Sequence[SeriesFiles], order: Sequence[str]) -> StudyInput:

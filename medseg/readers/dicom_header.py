@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import struct
@@ -146,10 +147,15 @@ def known_class(sop_class: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence pydicom's warnings: they quote header values, which may identify a patient."""
-    with warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        yield
+    """Silence pydicom's warnings and log: they quote header values and paths, which may identify a patient."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def read_header(path: Path) -> Header | None:
@@ -209,6 +215,11 @@ def _frame(header: Header, number: int, dataset: Dataset, dimensions: dict[str, 
     # The file of a frame tells time points apart where a scanner writes one file each and counts none of them.
     telling = found.telling | dimensions | {"SOPInstanceUID": header.sop_uid}
     return replace(found, frame=number, instance=f"{found.instance}, frame {number + 1}", telling=telling)
+
+
+def may_be_slice(name: str) -> bool:
+    """Tell whether a file of this name, which cannot be opened, may have been a slice."""
+    return Path(name).suffix.lower() in DICOM_SUFFIXES or _is_slice_name(name)
 
 
 def _is_slice_name(name: str) -> bool:

@@ -75,6 +75,11 @@ def is_image(header: Header) -> bool:
     return header.sop_class in CLASSIC + MULTIFRAME or "Image Storage" in header.class_name or private
 
 
+def is_sized(header: Header) -> bool:
+    """Tell whether an image declares rows and columns; where it does not, its header ends early."""
+    return header.rows >= 1 and header.columns >= 1
+
+
 def series_of(headers: Sequence[Header]) -> list[SeriesFiles]:
     """Split one series UID into what can be read on its own, and say of each part whether it can."""
     images = [frame for header in headers for frame in (header.expanded or [header])]
@@ -108,7 +113,7 @@ def check_headers(headers: Sequence[Header]) -> None:
     for header in headers:
         if header.damaged:
             raise refuse("UNREADABLE", f"{header.damaged} of instance {header.instance} has no valid value")
-        if header.rows < 1 or header.columns < 1:
+        if not is_sized(header):
             raise refuse("TRUNCATED", f"instance {header.instance} declares no size: its header ends early")
     scales = {header.rescale for header in headers}
     if None in scales and len(scales) > 1:

@@ -15,11 +15,12 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from medseg.errors import GeometryError
+from medseg.readers.dicom_files import files_below
 from medseg.readers.dicom_header import PARSE_ERRORS, known_class, quiet, read_header
 from medseg.readers.dicom_index import LABELMAP_STORAGE
 from medseg.readers.dicom_label_parts import LabelObject, Painter, refuse_labels
 from medseg.readers.dicom_rtstruct import open_rtstruct
-from medseg.readers.dicom_scan import files_below, scan
+from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_seg import open_seg
 from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.volume import Volume

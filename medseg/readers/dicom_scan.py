@@ -5,17 +5,16 @@ paths -> files -> headers -> one group per SeriesInstanceUID -> dicom_index spli
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from medseg.errors import ReadError
-from medseg.readers.allowances import CORRECTABLE
-from medseg.readers.dicom_header import PARSE_ERRORS, Header, quiet, read_header
+from medseg.readers.dicom_damage import Damage, Lost, judge
+from medseg.readers.dicom_files import walk
+from medseg.readers.dicom_header import Header, may_be_slice
 from medseg.readers.dicom_index import SeriesFiles, is_image, series_of
-from medseg.readers.dicom_refusals import Refusal
+from medseg.readers.dicom_workers import read_all
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,17 @@ class Found:
     series : readable and refused ones, localizers included (refused), in the order found.
     ignored : kinds of DICOM object without an image grid of their own -> how many ("Segmentation Storage": 2).
     not_dicom : number of files that are no DICOM.
-    damaged : DICOM files that cannot be parsed; series in the same folder are refused, for they may lack slices.
+    damaged : DICOM files that cannot be parsed; series to which they may belong are refused.
+    lost : damaged files that belong to no series found, and folders that may not be listed.
+    skipped : kind of what is not looked into (linked folders, pipes and devices) -> how many.
     """
 
     series: tuple[SeriesFiles, ...]
     ignored: dict[str, int]
     not_dicom: int
-    damaged: tuple[Path, ...]
+    damaged: tuple[Path, ...] = field(repr=False)
+    lost: tuple[Lost, ...] = ()
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Return one line for a message, without names or identifiers."""
@@ -43,8 +46,15 @@ class Found:
         parts += [f"{count} refused ({code})" for code, count in sorted(refused.items())]
         parts += [f"{count} {name}" for name, count in sorted(self.ignored.items())]
         parts += [f"{len(self.damaged)} damaged files"] * bool(self.damaged)
+        parts += [f"{sum(not part.files for part in self.lost)} folders that may not be listed"] * self.locked
+        parts += [f"{count} times a {kind}" for kind, count in sorted(self.skipped.items())]
         parts += [f"{self.not_dicom} files that are not DICOM"] * bool(self.not_dicom)
         return ", ".join(parts)
+
+    @property
+    def locked(self) -> bool:
+        """Whether there are folders that may not be listed."""
+        return any(not part.files for part in self.lost)
 
 
 def find_series(paths: Path | Iterable[Path]) -> list[SeriesFiles]:
@@ -60,62 +70,35 @@ def find_series(paths: Path | Iterable[Path]) -> list[SeriesFiles]:
 def scan(paths: Path | Iterable[Path]) -> Found:
     """Index `paths` like `find_series` and also say what was left out.
 
-    An empty folder gives an empty `Found`. Linked folders are not followed.
+    An empty folder gives an empty `Found`. See `walk` for links and pipes, and dicom_damage for what a damaged file
+    costs. Equal trees give equal results, in the order of the names.
 
     Raises
     ------
     ReadError : NOT_FOUND, a path does not exist.
     """
+    tree = walk(paths)
+    files, locked = tree.files, [path for path in tree.locked if path.is_dir()]
     groups: dict[str, list[Header]] = {}
-    damaged: list[Path] = []
+    damages = [Damage(path) for path in tree.locked if not path.is_dir() and may_be_slice(path.name)]
     not_dicom = 0
-    with quiet():
-        for path in files_below(paths):
-            try:
-                header = read_header(path)
-            except PARSE_ERRORS:
-                damaged.append(path)
-                continue
-            if header is None:
-                not_dicom += 1
-            else:
-                groups.setdefault(header.series_uid, []).append(header)
+    for outcome in read_all(files):
+        if isinstance(outcome, Damage):
+            damages.append(outcome)
+        elif outcome is None:
+            not_dicom += 1
+        else:
+            groups.setdefault(outcome.series_uid, []).append(outcome)
     ignored: Counter[str] = Counter()
     series: list[SeriesFiles] = []
-    for headers in groups.values():
+    for uid, headers in groups.items():
         images = [header for header in headers if is_image(header)]
         others = [header for header in headers if not is_image(header)]
         series += series_of(images) if images else []
         if images:  # a series holds one kind of object: what claims to be another is a damaged image
-            damaged += [header.path for header in others]
+            damages += [Damage(header.path, uid) for header in others]
         else:
             ignored.update(header.class_name for header in others)
-    folders = Counter(path.parent for path in damaged)
-    return Found(tuple(_doubt(entry, folders) for entry in series), dict(ignored), not_dicom, tuple(damaged))
-
-
-def _doubt(series: SeriesFiles, damaged: Counter[Path]) -> SeriesFiles:
-    """Refuse a series when damaged files lie beside its files: its last slice may be one of them."""
-    count = sum(damaged[folder] for folder in {path.parent for path in series.files})
-    correctable = series.refusal is None or series.refusal.code in CORRECTABLE
-    if not count or not correctable:
-        return series
-    text = f"{count} damaged DICOM files lie beside its {len(series.files)} slices, which may be incomplete"
-    return replace(series, refusal=Refusal("UNREADABLE", text))
-
-
-def files_below(paths: Path | Iterable[Path]) -> Iterator[Path]:
-    """Walk to the regular files, sorted, each once; raise ReadError(NOT_FOUND) where a path does not exist."""
-    seen: set[Path] = set()
-    for path in [paths] if isinstance(paths, Path) else paths:
-        if not path.exists():
-            raise ReadError(f"{path.name}: this file or folder does not exist", code="NOT_FOUND")
-        for file in sorted(_walk(path)) if path.is_dir() else [path]:
-            if file.is_file() and file not in seen:
-                seen.add(file)
-                yield file
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, _, names in os.walk(folder):
-        yield from (Path(parent, name) for name in names)
+    judged, lost = judge(series, damages, locked)
+    damaged = tuple(damage.path for damage in damages)
+    return Found(judged, dict(ignored), not_dicom, damaged, lost, dict(tree.skipped))

@@ -109,7 +109,7 @@ def _check_size(shape: tuple[int, int, int], max_bytes: int) -> None:
 
 def _only(found: Found) -> SeriesFiles:
     """Return the one series that was found, localizers aside, or refuse."""
-    if found.damaged:
+    if found.lost:
         raise refuse("UNREADABLE", f"{found.describe()}: slices may be missing")
     series = [entry for entry in found.series if entry.refusal is None or entry.refusal.code != "LOCALIZER"]
     if len(series) == 1 or (not series and len(found.series) == 1):
