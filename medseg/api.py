@@ -61,9 +61,9 @@ def plan(
     from medseg.planning.fingerprint import take_fingerprint
     from medseg.planning.plan import write_plan
     from medseg.spec import load_dataset
+    from medseg.training.make_plan import make_plan
     from medseg.training.manifest import learning_cases
     from medseg.training.request import Request
-    from medseg.training.run import make_plan
 
     display = display or Display(None)
     length = _length(budget=budget, steps=steps)

@@ -32,7 +32,7 @@ from medseg.cli_options import (
     errors,
     say,
 )
-from medseg.errors import ConfigError, MedsegError
+from medseg.errors import ConfigError, MedsegError, Stopped
 
 app = typer.Typer(
     help="From a folder of DICOM or NIfTI studies to a segmentation model that is validated and kept up to date.",
@@ -41,6 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h: stopped on request, the same command goes on later."""
 INTERRUPTED = 130
 
 
@@ -354,7 +356,7 @@ def main(application: typer.Typer = app) -> None:
         if os.environ.get("MEDSEG_DEBUG"):
             raise
         errors.print(f"Error [{error.code}]: {error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2 if type(error) is ConfigError else 1)
+        sys.exit(2 if type(error) is ConfigError else TRY_AGAIN if isinstance(error, Stopped) else 1)
     except (KeyboardInterrupt, SystemExit) as end:
         # typer turns Ctrl-C into a silent exit with this code
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:

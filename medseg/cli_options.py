@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-console = Console()
+# Of the processes that torchrun starts the first one speaks.
+console = Console(quiet=os.environ.get("RANK", "0") != "0")
 errors = Console(stderr=True)
 
 

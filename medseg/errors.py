@@ -7,13 +7,15 @@
       GeometryError    it can be read, but its geometry is unfit  (has a reason code)
       PlanError        no plan fits the data, the machine or the budget
       TrainingError    training cannot start or go on
+        Stopped        training was asked to stop, did, and can go on later
       RetrainingError  a retraining tick, a promotion or a rollback cannot be done
       BundleError      a model is damaged, foreign or does not fit
       ExportError      a result cannot be written
       BatchError       a run over many studies cannot start or go on
 
 A message says what is wrong, where (file or case), the value, what is allowed and what to do next.
-The library raises; the command line prints the message and exits 1 (2 for wrong usage, 3 for partial success).
+The library raises; the command line prints the message and exits 1 (2 for wrong usage, 3 for partial success, 75
+where the same command goes on later).
 """
 
 from __future__ import annotations
@@ -64,6 +66,12 @@ class TrainingError(MedsegError):
     """Training cannot start or go on."""
 
     code = "TRAINING"
+
+
+class Stopped(TrainingError):  # noqa: N818 - nothing went wrong
+    """Training was asked to stop (a scheduler takes the machine away) and did; the same command goes on."""
+
+    code = "STOPPED"
 
 
 class RetrainingError(MedsegError):

@@ -2,7 +2,9 @@
 
 A loss takes ``logits`` (B, K, *S), ``target`` (B, K, *S) float with one channel per class (one-hot) or per region
 (overlapping), ``valid`` (B, 1, *S) bool (False where the mask says "ignore"), and ``exclusive`` (True: softmax over
-classes, channel 0 is background; False: a sigmoid per region). It returns a scalar.
+classes, channel 0 is background; False: a sigmoid per region). It returns a scalar. Where several processes train
+together each holds a part of the batch: sums over the batch are taken over all of them (medseg.parallel), so that the
+loss is that of the whole batch; losses of single patches (dice_sample) and top_k are those of the own part.
 """
 
 from __future__ import annotations

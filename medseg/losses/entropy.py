@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medseg.parallel import total
+
 FOCUS = 2.0
 """Exponent of the focal loss, the paper's choice."""
 HARDEST = 0.1
@@ -21,7 +23,7 @@ def each_voxel(logits: Tensor, target: Tensor, exclusive: bool) -> Tensor:
 
 def mean_of_valid(each: Tensor, valid: Tensor) -> Tensor:
     """Return the mean of (B, 1, *S) over the voxels that count; 0 where none does."""
-    return torch.where(valid, each, each.new_zeros(())).sum() / valid.sum().clamp(min=1)
+    return total(torch.where(valid, each, each.new_zeros(())).sum()) / total(valid.sum()).clamp(min=1)
 
 
 def cross_entropy_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) -> Tensor:

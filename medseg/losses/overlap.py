@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from medseg.parallel import total as over_all
+
 SMOOTH = 1e-5
 """Keeps a channel that is empty in prediction and reference from dividing by nothing: it costs nothing."""
 
@@ -29,8 +31,8 @@ def dice_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool) ->
     """
     probability, target = _parts(logits, target, valid, exclusive, background=False)
     axes = [0, *_space(logits)]
-    overlap = (probability * target).sum(axes)
-    total = probability.sum(axes) + target.sum(axes)
+    overlap = over_all((probability * target).sum(axes))
+    total = over_all(probability.sum(axes) + target.sum(axes))
     return 1 - ((2 * overlap + SMOOTH) / (total + SMOOTH)).mean()
 
 
@@ -56,10 +58,10 @@ def tversky_loss(
     """
     probability, target = _parts(logits, target, valid, exclusive, background=False)
     axes = [0, *_space(logits)]
-    overlap = (probability * target).sum(axes)
+    overlap = over_all((probability * target).sum(axes))
     mask = valid.to(probability.dtype)
-    extra = (probability * (1 - target) * mask).sum(axes)
-    missed = ((1 - probability) * target * mask).sum(axes)
+    extra = over_all((probability * (1 - target) * mask).sum(axes))
+    missed = over_all(((1 - probability) * target * mask).sum(axes))
     index = (overlap + SMOOTH) / (overlap + false_positive * extra + (1 - false_positive) * missed + SMOOTH)
     return 1 - index.mean()
 
@@ -71,7 +73,7 @@ def generalized_dice_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusi
     """
     probability, target = _parts(logits, target, valid, exclusive, background=True)
     axes = [0, *_space(logits)]
-    weight = target.sum(axes).clamp(min=1) ** -2
-    overlap = (weight * (probability * target).sum(axes)).sum()
-    total = (weight * (probability.sum(axes) + target.sum(axes))).sum()
+    weight = over_all(target.sum(axes)).clamp(min=1) ** -2
+    overlap = (weight * over_all((probability * target).sum(axes))).sum()
+    total = (weight * over_all(probability.sum(axes) + target.sum(axes))).sum()
     return 1 - (2 * overlap + SMOOTH) / (total + SMOOTH)

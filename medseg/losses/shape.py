@@ -17,6 +17,7 @@ from torch import Tensor
 
 from medseg.losses.entropy import each_voxel, mean_of_valid
 from medseg.losses.overlap import SMOOTH
+from medseg.parallel import total
 
 BORDER_WEIGHT, BORDER_VOXELS = 10.0, 5.0
 """w0 and sigma of Ronneberger 2015, equation 2."""
@@ -91,8 +92,8 @@ def cl_dice_loss(logits: Tensor, target: Tensor, valid: Tensor, exclusive: bool)
     probability, truth = probability[:, first:] * mask, target[:, first:] * mask
     axes = [0, *range(2, logits.ndim)]
     found, wanted = soft_skeleton(probability), soft_skeleton(truth)
-    precision = ((found * truth).sum(axes) + SMOOTH) / (found.sum(axes) + SMOOTH)
-    sensitivity = ((wanted * probability).sum(axes) + SMOOTH) / (wanted.sum(axes) + SMOOTH)
+    precision = (total((found * truth).sum(axes)) + SMOOTH) / (total(found.sum(axes)) + SMOOTH)
+    sensitivity = (total((wanted * probability).sum(axes)) + SMOOTH) / (total(wanted.sum(axes)) + SMOOTH)
     return 1 - (2 * precision * sensitivity / (precision + sensitivity)).mean()
 
 

@@ -221,7 +221,15 @@ AUGMENTATIONS: Registry[Intensity] = Registry(
 
 
 def augment(
-    images: Tensor, masks: Tensor, plan: Augmentation, size: Triple, *, seed: int, dimensions: int
+    images: Tensor,
+    masks: Tensor,
+    plan: Augmentation,
+    size: Triple,
+    *,
+    seed: int,
+    dimensions: int,
+    whole: int | None = None,
+    rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """Turn regions into augmented patches; the same seed gives the same patches.
 
@@ -230,18 +238,21 @@ def augment(
     images : (B, C, *R) float32 on the training device.
     masks : (B, 1, *R) integers.
     size : (I, J, K) of the patches.
+    whole, rows : size of a larger batch, and which of its rows `images` are: each is changed as in the whole batch.
 
     Returns
     -------
     images (B, C, *size), masks (B, 1, *size).
     """
     generator = torch.Generator().manual_seed(seed)
-    batch = images.shape[0]
+    batch = whole or images.shape[0]
     space = draw_space(generator, batch, plan, size=size, dimensions=dimensions)
+    control = None if space.control is None else space.control[rows]
+    space = Space(space.matrices[rows], control)
     images, masks = apply_space(images, masks, space, size)
     for name, row in AUGMENTATIONS.items():
-        numbers = row.draw(generator, batch)
-        chosen = _chance(generator, batch, getattr(plan, name, 0.0))
+        numbers = row.draw(generator, batch)[rows]
+        chosen = _chance(generator, batch, getattr(plan, name, 0.0))[rows]
         if chosen.any():
             changed = [
                 row.apply(image, float(number)) if use else image

@@ -5,21 +5,25 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from monai.transforms import Compose
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from medseg.bundle import make_network
 from medseg.device import autocast
-from medseg.errors import TrainingError
+from medseg.errors import Stopped, TrainingError
 from medseg.inference.sliding_window import slide
 from medseg.losses import LOSSES, deep_supervision
+from medseg.parallel import StopRequest, added, stop_request, world
 from medseg.planning.plan import Plan
 from medseg.preparation.augment import augment
 from medseg.preparation.cache import CaseCache
@@ -68,24 +72,26 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
     Raises
     ------
     TrainingError : the loss is not a number any more; the checkpoint cannot be used.
+    Stopped : the process was asked to stop; the checkpoint is written.
     """
     learner = Learner(job)
     if job.checkpoint.exists():
         learner.restore(load_state(job.checkpoint, job=job.digest))
+    learner.join()
     state = learner.state
     schedule = schedule_for(state)
     saved = resumed = time.monotonic()
     spent = state.seconds
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1) as reader, stop_request() as stop, learner.saved_on(Stopped):
         ahead = reader.submit(read_batch, job, state.step)
-        while (factor := schedule.factor(state.step)) is not None:
+        while (factor := _next_factor(schedule, state.step, stop)) is not None:
             images, masks = ahead.result()
             ahead = reader.submit(read_batch, job, state.step + 1)
             began = time.monotonic()
             learner.step(images, masks, factor)
             state.seconds = spent + time.monotonic() - resumed
             watch(state, schedule, time.monotonic() - began)
-            due = schedule.validate_after(state.step - 1)
+            due = added([schedule.validate_after(state.step - 1)])[0] > 0
             if due:
                 began = time.monotonic()
                 learner.validate()
@@ -103,8 +109,22 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
     return state
 
 
+def _next_factor(schedule: Schedule, step: int, stop: StopRequest) -> float | None:
+    """Return the learning-rate share that the first process decides on; None when the training is over.
+
+    Raises
+    ------
+    Stopped : any of the processes was asked to.
+    """
+    factor = schedule.factor(step)
+    told, asked = added([math.nan if factor is None else factor, stop.asked])
+    if asked:
+        raise Stopped(f"stopped on request after step {step}; the checkpoint is written, the same command goes on")
+    return None if math.isnan(told) else told
+
+
 def read_batch(job: Job, step: int) -> tuple[Tensor, Tensor]:
-    """Return the regions of a step: images (B, C, *R) and masks (B, 1, *R), a pure function of plan and step."""
+    """Return this process's regions of a step: images (B, C, *R) and masks (B, 1, *R), a pure function of the plan."""
     rows = draws(
         seed=job.plan.seed,
         step=step,
@@ -114,7 +134,7 @@ def read_batch(job: Job, step: int) -> tuple[Tensor, Tensor]:
     )
     pick = after_cache(job.path)
     images, masks = [], []
-    for row in rows:
+    for row in rows[world().share]:
         job.path.set_random_state(seed=row.seed)
         region = pick({**job.cache(job.train[row.case_index]), "foreground": row.foreground})
         images.append(region["image"].as_tensor())
@@ -136,7 +156,13 @@ class Learner:
             self.network.parameters(), lr=job.plan.learning_rate, weight_decay=job.plan.weight_decay
         )
         self.loss = LOSSES[job.plan.loss]
+        self.levels: Callable[[Tensor], list[Tensor]] = self.network.forward_levels
         self.state = LoopState()
+
+    def join(self) -> None:
+        """Share the gradients with the other processes, if there are any."""
+        if world().size > 1:
+            self.levels = DistributedDataParallel(_Levels(self.network))
 
     def step(self, images: Tensor, masks: Tensor, factor: float) -> None:
         """Augment a batch, learn from it, and move the running average."""
@@ -149,6 +175,8 @@ class Learner:
             plan.patch_size,
             seed=seed,
             dimensions=plan.dimensions,
+            whole=plan.batch_size,
+            rows=world().share,
         )
         if plan.dimensions == 2:
             images, masks = images[..., 0], masks[..., 0]
@@ -156,12 +184,12 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = plan.learning_rate * factor
         with autocast(self.job.device.type, plan.precision):
-            levels = self.network.forward_levels(images.contiguous(memory_format=self.layout))
+            levels = self.levels(images.contiguous(memory_format=self.layout))
         loss = deep_supervision(self.loss, levels, target, valid, exclusive(self.job.spec))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
-        value = float(loss.detach())
+        value = added([float(loss.detach())])[0] / world().size
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} at step {state.step}: the training diverged. The last checkpoint is kept; "
@@ -184,13 +212,14 @@ class Learner:
 
     def validate(self) -> None:
         """Score the running average on the validation cases, on the prepared grid and without mirroring."""
-        rows = [self.case_dice(case) for case in self.job.validation]
-        labels = self.job.spec.foreground
-        dice = {}
-        for label in labels:
-            scored = [row[label] for row in rows if label in row]
-            if scored:
-                dice[label] = float(np.mean(scored))
+        labels = list(self.job.spec.foreground)
+        rows = np.zeros((2, len(self.job.validation), len(labels)))  # Dice; whether there is one
+        for number in range(len(self.job.validation))[world().share]:
+            for label, value in self.case_dice(self.job.validation[number]).items():
+                rows[:, number, labels.index(label)] = value, 1
+        scores, scored = np.array(added(rows.ravel().tolist())).reshape(rows.shape)
+        known = [at for at in range(len(labels)) if scored[:, at].any()]
+        dice = {labels[at]: float(scores[scored[:, at] > 0, at].mean()) for at in known}
         self.state.validations.append({"step": self.state.step, "seconds": self.state.seconds, "dice": dice})
         # Not ">": where nothing can be scored (no label in these cases) the last weights are the best.
         if mean_dice(dice) >= self.state.best_dice:
@@ -212,13 +241,24 @@ class Learner:
         return dice
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint (the first process does)."""
+        if world().rank:
+            return
         state = self.state
         state.weights, state.average = _copy(self.network), _copy(self.average)
         names = [name for name, _ in self.network.named_parameters()]
         moments = self.optimizer.state_dict()["state"]
         state.moments = {f"{names[i]}/{key}": value for i, row in moments.items() for key, value in row.items()}
         save_state(self.job.checkpoint, state, job=self.job.digest)
+
+    @contextmanager
+    def saved_on(self, error: type[Exception]) -> Iterator[None]:
+        """Write the checkpoint when the block ends with this error."""
+        try:
+            yield
+        except error:
+            self.save()
+            raise
 
     def restore(self, state: LoopState) -> None:
         """Go on from a state."""
@@ -232,6 +272,19 @@ class Learner:
             moments.setdefault(numbers[name], {})[kind] = value
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**whole, "state": moments})
+
+
+class _Levels(nn.Module):
+    """A network whose call gives its levels: DistributedDataParallel shares the gradients of calls only."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        levels: Any = self.network.forward_levels
+        found: list[Tensor] = levels(images)
+        return found
 
 
 def _copy(network: nn.Module) -> dict[str, Tensor]:

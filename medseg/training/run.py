@@ -25,24 +25,22 @@ from medseg.display import Display, clock
 from medseg.errors import ConfigError, PlanError, TrainingError
 from medseg.files import sweep, write_json
 from medseg.losses import LOSSES
+from medseg.parallel import added, joined
 from medseg.planning.fingerprint import Fingerprint, take_fingerprint
 from medseg.planning.plan import Plan, override, read_plan, write_plan
-from medseg.planning.planner import DEFAULT_NETWORK, decide, draft, needed_coarseness
 from medseg.preparation.cache import CaseCache, prepare_cases
 from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import Case, Dataset, load_dataset
 from medseg.tracking import Tracker, start
-from medseg.training.calibrate import as_network, measure
 from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
 from medseg.training.folds import Fold, make_folds, refuse_leaks
 from medseg.training.loop import Job, fit
+from medseg.training.make_plan import make_plan
 from medseg.training.manifest import learning_cases, make_manifest
 from medseg.training.request import Request, complete, open_run, read_json
-from medseg.training.schedule import ByClock, ByRecord, BySteps, Schedule
-from medseg.training.state import LoopState, job_digest, load_state, mean_dice
-
-CALIBRATION_SHARE = 0.03
-"""Largest share of a budget that is spent on measuring step times."""
+from medseg.training.schedule import ByClock, ByRecord, BySteps, Followed, Schedule
+from medseg.training.state import LoopState, job_digest, load_state
+from medseg.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,33 @@ def train(
     ConfigError : the model name is not one that the registry takes.
     SpecError, TrainingError, PlanError : the data, the request or the run folder do not fit; the message says what.
     """
-    began = time.monotonic() if began is None else began
-    display = display or Display(None)
+    with joined() as place:
+        if place.rank:
+            return _follow(dataset_path, out=out, request=request, splits=splits)
+        return _lead(
+            dataset_path,
+            out=out,
+            request=request,
+            splits=splits,
+            began=time.monotonic() if began is None else began,
+            track=track,
+            model_name=model_name,
+            display=display or Display(None),
+        )
+
+
+def _lead(
+    dataset_path: Path,
+    *,
+    out: Path,
+    request: Request,
+    splits: Path | None,
+    began: float,
+    track: Path | None,
+    model_name: str | None,
+    display: Display,
+) -> TrainResult:
+    """Train as the first (or only) process, which decides and writes everything."""
     if re.search(r"[/:]", model_name or ""):
         raise ConfigError(f"--name {model_name}: the registry allows neither / nor : in the name of a model")
     dataset = load_dataset(dataset_path, splits=splits)
@@ -106,6 +129,7 @@ def train(
         open_run(out, manifest, request)
         if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():
             display.say(f"{out}: this training is complete; nothing to do")
+            _call_others(to_work=False)
             return _result(out, began)
         sweep(out)
         shutil.rmtree(out / "6_model", ignore_errors=True)
@@ -122,11 +146,33 @@ def train(
             write_json(out / "tracking.json", {"run_id": tracker.run_id})
             _track_plan(tracker, plan, manifest, out)
             jobs = work.jobs(plan)
+            _call_others(to_work=True)
             states = work.fit_all(jobs, tracker)
             finish_run(out, jobs, states, manifest["digest"], tracker, model_name or dataset.spec.name, display)
         steps = sum(state.step for state in states)
         write_json(out / "done.json", {"steps": steps})
+        _call_others(to_work=False)
         return _result(out, began)
+
+
+def _call_others(*, to_work: bool) -> bool:
+    """Let the other processes, which wait here until all is prepared, take part or end; they are told which."""
+    return added([to_work])[0] > 0
+
+
+def _follow(dataset_path: Path, *, out: Path, request: Request, splits: Path | None) -> TrainResult:
+    """Take part in the training of the first process; nothing is decided and nothing written."""
+    began = time.monotonic()
+    if _call_others(to_work=False):
+        dataset = load_dataset(dataset_path, splits=splits)
+        digest = make_manifest(dataset)["digest"]
+        cases = learning_cases(dataset)
+        work = _Work(dataset, cases, out, complete(request), digest, began, Display(None), best_device())
+        for job in work.jobs(read_plan(out / "3_plan.yaml")):
+            if not job.checkpoint.with_name("finished.json").exists():
+                fit(job, lambda state: Followed())
+        _call_others(to_work=False)  # wait for the model
+    return _result(out, began)
 
 
 def _previous_run(out: Path) -> str | None:
@@ -247,7 +293,7 @@ class _Work:
             left = len(jobs) - number
             schedule = _scheduler(self, job, scoring, left, earlier)
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
-            states.append(fit(job, schedule, watch=_Watch(self.display, tracker, job, number, len(jobs))))
+            states.append(fit(job, schedule, watch=Watch(self.display, tracker, job, number, len(jobs))))
             write_json(done, {"steps": states[-1].step})
         return states
 
@@ -305,89 +351,6 @@ def _record(run: Path, job: Job) -> LoopState:
             f"--replay {run}: fold {number} of that run has not been finished; there is nothing to repeat"
         )
     return load_state(file, job=job.digest)
-
-
-class _Watch:
-    """Shows and tracks what the loop reports."""
-
-    def __init__(self, display: Display, tracker: Tracker, job: Job, number: int, folds: int) -> None:
-        self.display, self.tracker, self.job = display, tracker, job
-        self.prefix = f"fold_{number}/" if folds > 1 else ""
-        self._validated = -1
-        self._pace = 0.0
-
-    def __call__(self, state: LoopState, schedule: Schedule, step_seconds: float) -> None:
-        """Note a step (or, with 0 seconds, a validation)."""
-        if step_seconds:
-            self._pace = step_seconds if not self._pace else 0.95 * self._pace + 0.05 * step_seconds
-        last = state.validations[-1] if state.validations else None
-        recent = state.losses[-20:]
-        dice = f" Dice {mean_dice(last['dice']):.3f}" if last else ""
-        note = f"step {state.step} loss {sum(recent) / len(recent):.3f}{dice}"
-        left = clock(schedule.remaining(state.step, self._pace))
-        self.display.show(schedule.progress(state.step), f"{note} left {left}")
-        if last and last["step"] == state.step and state.step != self._validated:
-            self._validated = state.step
-            self.tracker.metrics(self._metrics(state, last["dice"]), step=state.step)
-            labels = ", ".join(f"{name} {value:.3f}" for name, value in last["dice"].items())
-            self.display.say(f"  step {state.step:5d}  {clock(state.seconds):>7}  validation Dice: {labels}")
-
-    def _metrics(self, state: LoopState, dice: dict[str, float]) -> dict[str, float]:
-        since = state.validations[-2]["step"] if len(state.validations) > 1 else 0
-        losses = state.losses[since:] or state.losses[-1:]
-        rows = {
-            "train_loss": sum(losses) / len(losses),
-            "learning_rate": self.job.plan.learning_rate * state.factors[-1],
-            "val_dice_mean": mean_dice(dice),
-            **{f"val_dice_{name}": value for name, value in dice.items()},
-        }
-        return {self.prefix + name: value for name, value in rows.items()}
-
-
-def make_plan(
-    dataset: Dataset, fingerprint: Fingerprint, request: Request, device: torch.device
-) -> tuple[Plan, dict[str, str]]:
-    """Measure step times here and plan for a request; returns the plan and the reason of each value."""
-    spec = dataset.spec
-    folds = 1 if request.fold is not None else (request.folds or 1)
-    learning = request.budget * 0.9 / folds if request.budget else None
-    dimensions, settings = _forced(request.settings, "dimensions")
-    if dimensions not in (None, "2", "3"):
-        raise PlanError(f"--set dimensions={dimensions}: 2 or 3 are allowed")
-    named, settings = _forced(settings, "network.name")
-    network = request.network or named or DEFAULT_NETWORK
-    forced: Any = None if dimensions is None else int(dimensions)
-    sketch = draft(spec, fingerprint, device=device.type, dimensions=forced)
-    longest = max(5.0, CALIBRATION_SHARE * request.budget) if request.budget else 20.0
-    measured = measure(spec, sketch, device, longest=longest, network=network)
-    if learning is not None:
-        factor = needed_coarseness(sketch, min(measured.step_seconds.values()), learning)
-        if factor > 1.05:
-            sketch = draft(spec, fingerprint, device=device.type, coarser=factor, dimensions=forced)
-            measured = measure(spec, sketch, device, longest=longest, network=network)
-    steps = request.steps
-    if steps is None and request.epochs is not None:
-        steps = max(1, request.epochs * fingerprint.cases // sketch.batch_size)
-    plan, reasons = decide(
-        spec,
-        fingerprint,
-        sketch,
-        measured,
-        budget_seconds=request.budget,
-        training_seconds=learning,
-        steps=steps,
-        seed=request.seed,
-    )
-    plan = plan.model_copy(update={"network": as_network(network, plan.network)})
-    return override(plan, settings), reasons
-
-
-def _forced(settings: tuple[str, ...], key: str) -> tuple[str | None, tuple[str, ...]]:
-    """Take ``KEY=VALUE`` out of the settings: what the planner decides depends on it."""
-    rows = [setting.partition("=") for setting in settings]
-    chosen = [value.strip() for name, _, value in rows if name.strip() == key]
-    rest = tuple(setting for setting, row in zip(settings, rows, strict=True) if row[0].strip() != key)
-    return (chosen[-1] if chosen else None), rest
 
 
 def process_start() -> float:

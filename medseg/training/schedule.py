@@ -125,6 +125,29 @@ class ByClock:
         return (1 - self._progress()) * self.seconds
 
 
+class Followed:
+    """What a process of rank 1 or more adds to the decisions of the first: nothing."""
+
+    def factor(self, step: int) -> float | None:
+        """Return 0: shares are added over all processes."""
+        return 0.0
+
+    def validate_after(self, step: int) -> bool:
+        """Leave it to the first process."""
+        return False
+
+    def progress(self, step: int) -> float:
+        """Return 0: nobody looks."""
+        return 0.0
+
+    def remaining(self, step: int, step_seconds: float) -> float:
+        """Return 0: nobody looks."""
+        return 0.0
+
+    def validated(self, seconds: float) -> None:
+        """Nothing follows from it."""
+
+
 class ByRecord:
     """What another run did, step for step: its learning-rate shares and the steps after which it validated."""
 

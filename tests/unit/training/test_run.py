@@ -23,7 +23,7 @@ from medseg.display import Display
 from medseg.errors import ConfigError, ExportError, MedsegError, PlanError, SpecError, TrainingError
 from medseg.files import PARTIAL_PREFIX
 from medseg.planning.plan import Measured, read_plan
-from medseg.training import run as run_module
+from medseg.training import make_plan as make_plan_module
 from medseg.training.state import load_state
 
 Builder = Callable[..., Path]
@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Builder, tiny_
 def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take a step time as given instead of measuring it."""
     measured = Measured(device="cpu", threads=1, step_seconds={"narrow fp32": 0.05})
-    monkeypatch.setattr(run_module, "measure", lambda *args, **options: measured)
+    monkeypatch.setattr(make_plan_module, "measure", lambda *args, **options: measured)
 
 
 def train(place: Path, out: Path, **options: Any) -> Any:
