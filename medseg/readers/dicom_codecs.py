@@ -222,7 +222,8 @@ def own_bits(array: Array, layout: Layout) -> Array:
     """Keep the BitsStored bits below HighBit (others may hold overlays) and extend the sign."""
     if layout.stored == layout.allocated:
         return array
-    raw = array.view(f"u{array.dtype.itemsize}").astype(np.int64) >> layout.shift
+    unsigned = np.dtype(f"u{array.dtype.itemsize}").newbyteorder(array.dtype.byteorder)
+    raw = array.view(unsigned).astype(np.int64) >> layout.shift
     mask = (1 << layout.stored) - 1
     return _extend(raw, layout.stored) if layout.signed else np.asarray(raw & mask)
 

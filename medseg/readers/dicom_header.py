@@ -22,6 +22,7 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID
 
 from medseg.readers.dicom_frames import DIMENSIONS, GROUPS, classic_frames, may_have_frames
+from medseg.readers.dicom_mosaic import mosaic_of
 from medseg.readers.dicom_tags import CHUNKS, read_tags, wanted_tags
 from medseg.readers.series_rules import WORDS
 
@@ -81,7 +82,8 @@ class Header:
 
     Attributes
     ----------
-    frame : which frame of its file this is, from 0; None for a whole file.
+    frame : which frame of its file, or tile of a mosaic, this is, from 0; None for a whole file.
+    across : how many tiles a row of its mosaic has; 0 for what is no tile.
     stack : the name of the stack that a frame says it belongs to, else "".
     expanded : the frames of a multi-frame file whose functional groups could be read.
     orientation : direction cosines of a row and a column, LPS, six numbers; None when absent or not six.
@@ -119,6 +121,7 @@ class Header:
     described: tuple[str, ...] = field(default=("",) * len(WORDS), repr=False)
     damaged: str = ""
     frame: int | None = None
+    across: int = 0
     stack: str = field(default="", repr=False)
     expanded: tuple[Header, ...] = field(default=(), repr=False)
 
@@ -199,8 +202,10 @@ def read_header(path: Path) -> Header | None:
 
 
 def _with_frames(dataset: Dataset, path: Path, sop_class: str) -> Header:
-    """Return the header of a file, and in it those of its frames where it has any."""
+    """Return the header of a file, and in it those of its frames or tiles where it has any."""
     header = header_of(dataset, path, sop_class)
+    if "MOSAIC" in header.image_type:
+        return replace(header, expanded=_tiles(header))
     if not may_have_frames(sop_class) or not dataset.get(GROUPS[1]):
         return header
     try:
@@ -208,6 +213,27 @@ def _with_frames(dataset: Dataset, path: Path, sop_class: str) -> Header:
     except PARSE_ERRORS:
         return replace(header, damaged=header.damaged or GROUPS[1])
     return replace(header, expanded=tuple(_frame(header, number, *frame, path) for number, frame in enumerate(frames)))
+
+
+def _tiles(header: Header) -> tuple[Header, ...]:
+    """Return the slices of a mosaic; none where its private elements do not say where they lie."""
+    try:
+        mosaic = mosaic_of(pydicom.dcmread(header.path, stop_before_pixels=True, force=True))
+    except PARSE_ERRORS:
+        return ()
+    return tuple(
+        replace(
+            header,
+            frame=number,
+            across=mosaic.across,
+            rows=mosaic.rows,
+            columns=mosaic.columns,
+            position=position,
+            instance=f"{header.instance}, tile {number + 1}",
+            telling=header.telling | {"SOPInstanceUID": header.sop_uid},
+        )
+        for number, position in enumerate(mosaic.positions)
+    )
 
 
 def _frame(header: Header, number: int, dataset: Dataset, dimensions: dict[str, str], path: Path) -> Header:

@@ -143,7 +143,10 @@ def _check_kind(headers: Sequence[Header]) -> None:
             f"{first.class_name} with {first.frames} frames",
         ),
         "UNSUPPORTED_CLASS": (not _is_readable(first), f"{first.class_name} is not read as a volume"),
-        "MOSAIC": (any("MOSAIC" in header.image_type for header in headers), "each image holds many slices"),
+        "MOSAIC": (
+            any("MOSAIC" in header.image_type and not header.across for header in headers),
+            "each image holds many slices, and its private elements do not say where they lie",
+        ),
         "MODALITY_LUT": (
             # CT and PET must have slope and intercept; a table gives no values below zero, so no HU (PS3.3 C.11.1)
             any(header.modality_lut and (header.modality != "MR" or header.rescale) for header in headers),

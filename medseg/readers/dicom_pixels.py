@@ -7,7 +7,7 @@ map or a private scale is another scale of the same numbers: never mixed in, but
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,33 @@ def read_slices(headers: Sequence[Header], factors: Sequence[float] = ()) -> Ite
     for index, header in enumerate(headers):
         files.setdefault(header.path, []).append(index)
     for path, indices in files.items():
+        if headers[indices[0]].across:
+            whole = (pydicom.dcmread(path, force=True) for path in [path])
+            picture = _guarded(whole, _mosaic(headers[indices[0]]), factors[indices[0]] if factors else 1.0)
+            yield from ((index, _tile(picture, headers[index])) for index in indices)
+            continue
         indices.sort(key=lambda index: headers[index].key)
-        whole = headers[indices[0]].frame is None
+        single = headers[indices[0]].frame is None
         datasets = _frames_of([headers[index] for index in indices])
         for index in indices:
-            found = (pydicom.dcmread(path, force=True) for path in [path]) if whole else datasets
+            found = (pydicom.dcmread(path, force=True) for path in [path]) if single else datasets
             yield index, _guarded(found, headers[index], factors[index] if factors else 1.0)
+
+
+def _mosaic(tile: Header) -> Header:
+    """Return the header of the mosaic to which a tile belongs."""
+    return replace(tile, frame=None, across=0, rows=tile.rows * tile.across, columns=tile.columns * tile.across)
+
+
+def _tile(picture: Pixels, tile: Header) -> Pixels:
+    """Cut one tile out of a mosaic; tiles follow each other along the rows."""
+    down, right = divmod(tile.frame or 0, tile.across)
+    where = np.s_[right * tile.columns : (right + 1) * tile.columns, down * tile.rows : (down + 1) * tile.rows]
+    return replace(
+        picture,
+        values=picture.values[where],
+        padding=None if picture.padding is None else picture.padding[where],
+    )
 
 
 def _frames_of(headers: Sequence[Header]) -> Iterator[Dataset]:

@@ -46,7 +46,7 @@ REFUSALS: dict[str, Kind] = {
     "MODALITY_LUT": Kind(
         ReadError, "lookup tables are read for MR without rescale only: export with rescale slope and intercept"
     ),
-    "MOSAIC": Kind(ReadError, "convert it with dcm2niix first"),
+    "MOSAIC": Kind(ReadError, "export it with its private elements, or convert it with dcm2niix"),
     "MULTIPLE_SERIES": Kind(ReadError, "read them one by one: find_series() lists them"),
     "NOT_AN_IMAGE": Kind(ReadError, "give a CT, MR or PET series"),
     "NO_DECODER": Kind(
