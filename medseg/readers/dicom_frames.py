@@ -34,8 +34,10 @@ MULTIFRAME = (
 PLAIN_MULTIFRAME = (
     uid.MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
     uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
+    uid.MultiFrameTrueColorSecondaryCaptureImageStorage,
+    uid.EnhancedMRColorImageStorage,
 )
-"""Secondary captures may carry the same groups (PS3.3 A.8); they are read where the groups are complete."""
+"""Others that carry the same groups (PS3.3 A.8, A.36); they are read where the groups are complete."""
 
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 DIMENSIONS = "DimensionIndexSequence"

@@ -1,6 +1,7 @@
 """Where the slices of one DICOM series lie: order and affine from positions and directions, or a refusal.
 
-InstanceNumber, SliceLocation, SliceThickness and file names are never asked. The rules and what other readers do on
+InstanceNumber, SliceLocation and file names are never asked, SliceThickness and SpacingBetweenSlices only for a single
+slice. The rules and what other readers do on
 the same cases: docs/reference/reason-codes.md.
 """
 
@@ -24,6 +25,8 @@ TILT_DEGREES = 0.1
 """A stack that leans more than this against the normal of its slices is tilted."""
 SAME_PLACE = 0.05
 """Two slices closer than this share of the usual gap lie at the same position."""
+NOMINAL_THICKNESS = 1.0
+"""Thickness (mm) of a single slice that does not say its own; the place of its voxels does not depend on it."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 Positions = NDArray[np.float64]
@@ -54,6 +57,7 @@ class Stack:
     spacing : mm between columns and between rows: along I and along J.
     axes : (3, 3) unit directions in LPS: of a row, of a column, and the normal.
     positions : (N, 3) centre of the first pixel of each slice in this order, mm in LPS.
+    thickness : mm; the step of a single slice, and of no other stack.
     """
 
     order: tuple[int, ...]
@@ -61,6 +65,7 @@ class Stack:
     spacing: tuple[float, float]
     axes: NDArray[np.float64]
     positions: Positions
+    thickness: float = NOMINAL_THICKNESS
 
     @property
     def offsets(self) -> Positions:
@@ -82,7 +87,9 @@ class Stack:
         affine = np.eye(4)
         affine[:3, 0] = LPS_TO_RAS @ self.axes[0] * self.spacing[0]
         affine[:3, 1] = LPS_TO_RAS @ self.axes[1] * self.spacing[1]
-        affine[:3, 2] = LPS_TO_RAS @ (self.positions[-1] - self.positions[0]) / (len(self.positions) - 1)
+        single = len(self.positions) == 1
+        step = self.axes[2] * self.thickness if single else (self.positions[-1] - self.positions[0]) / (len(self.positions) - 1)
+        affine[:3, 2] = LPS_TO_RAS @ step
         affine[:3, 3] = LPS_TO_RAS @ self.positions[0]
         return affine
 
@@ -92,12 +99,12 @@ def series_grid(headers: Sequence[Header]) -> Grid:
 
     Parameters
     ----------
-    headers : one per slice, each SOP instance once.
+    headers : one per slice, each SOP instance once. One alone is as thick as it says, else NOMINAL_THICKNESS.
 
     Raises
     ------
-    GeometryError : NO_POSITION, NO_PIXEL_SPACING, BAD_ORIENTATION, MIXED_*, SINGLE_SLICE, DUPLICATE_POSITION,
-        MIXED_SERIES, GANTRY_TILT, MISSING_SLICES, IRREGULAR_SPACING.
+    GeometryError : NO_POSITION, NO_PIXEL_SPACING, BAD_ORIENTATION, MIXED_*, DUPLICATE_POSITION, MIXED_SERIES,
+        GANTRY_TILT, MISSING_SLICES, IRREGULAR_SPACING.
     """
     stack = series_stack(headers)
     for code, text in faults(stack).items():
@@ -123,9 +130,8 @@ def series_stack(headers: Sequence[Header]) -> Stack:
     positions = np.array([header.position for header in headers], dtype=np.float64)
     order = np.argsort(positions @ normal, kind="stable")
     positions = positions[order]
-    if len(headers) == 1:
-        raise refuse("SINGLE_SLICE", "there is one slice only")
-    _check_repeats([headers[index] for index in order], positions @ normal)
+    if len(headers) > 1:
+        _check_repeats([headers[index] for index in order], positions @ normal)
     between_rows, between_columns = headers[0].spacing or (0.0, 0.0)
     return Stack(
         tuple(int(index) for index in order),
@@ -133,12 +139,15 @@ def series_stack(headers: Sequence[Header]) -> Stack:
         (between_columns, between_rows),
         np.array([rows, columns, normal / np.linalg.norm(normal)]),
         positions,
+        headers[0].thickness or NOMINAL_THICKNESS,
     )
 
 
 def faults(stack: Stack) -> dict[str, str]:
     """Return code -> facts of what keeps a stack from being an upright grid of even steps; empty for most."""
     depth = stack.offsets[:, 2]
+    if len(depth) == 1:
+        return {}
     found = _uneven(np.diff(depth))
     if stack.tilt > TILT_DEGREES:
         found["GANTRY_TILT"] = f"the stack leans {stack.tilt:.2f} degrees against the normal of its slices"

@@ -69,6 +69,7 @@ KEYWORDS = (
     *("RescaleSlope", "RescaleIntercept"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"),
     *("PixelSpacing", "ImagerPixelSpacing", "ImageOrientationPatient", "ImagePositionPatient", "StackID"),
+    *("PhotometricInterpretation", "SpacingBetweenSlices", "SliceThickness"),
 )
 INHERITED = tuple(dict.fromkeys([*KEYWORDS, *TELLING, *WORDS]))
 """What a frame has from its file where its functional groups do not say it."""
@@ -88,6 +89,7 @@ class Header:
     expanded : the frames of a multi-frame file whose functional groups could be read.
     orientation : direction cosines of a row and a column, LPS, six numbers; None when absent or not six.
     position : centre of the first pixel, mm in LPS; None when absent.
+    thickness : SpacingBetweenSlices, or SliceThickness, in mm; asked only where there is a single slice.
     spacing : distance between rows, then between columns, in mm; None when absent.
     rescale : slope and intercept; None when both are absent.
     telling : attributes that may tell repeated images of one place apart, as text.
@@ -120,6 +122,8 @@ class Header:
     telling: dict[str, str] = field(repr=False)
     described: tuple[str, ...] = field(default=("",) * len(WORDS), repr=False)
     damaged: str = ""
+    photometric: str = ""
+    thickness: float | None = None
     frame: int | None = None
     across: int = 0
     stack: str = field(default="", repr=False)
@@ -323,8 +327,22 @@ def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
         telling={word: _text(dataset, word) for word in TELLING if word in dataset},
         described=tuple(sys.intern(_text(dataset, word)) for word in WORDS),  # the same text in a thousand slices
         damaged=", ".join(damaged),
+        photometric=_text(dataset, "PhotometricInterpretation").upper(),
+        thickness=_thickness(dataset),
         stack=_text(dataset, "StackID"),
     )
+
+
+def _thickness(dataset: Dataset) -> float | None:
+    """Return the first positive one of two attributes that no volume depends on: here a wrong one is as good as none."""
+    for keyword in ("SpacingBetweenSlices", "SliceThickness"):
+        try:
+            value = abs(float(dataset.get(keyword) or 0))  # Philips writes negative distances
+        except PARSE_ERRORS:
+            continue
+        if 0 < value < math.inf:
+            return value
+    return None
 
 
 def _text(dataset: Dataset, keyword: str) -> str:

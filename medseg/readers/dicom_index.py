@@ -20,6 +20,12 @@ from medseg.readers.dicom_refusals import Refusal, reason, refuse
 from medseg.readers.dicom_split import Part, split
 
 CLASSIC = (uid.CTImageStorage, uid.MRImageStorage, uid.PositronEmissionTomographyImageStorage)
+PICTURES = (
+    uid.SecondaryCaptureImageStorage,
+    uid.MultiFrameTrueColorSecondaryCaptureImageStorage,
+    uid.EnhancedMRColorImageStorage,
+)
+"""Classes whose images may be colour pictures of CT, MR or PET that lie in the patient."""
 MODALITIES = ("CT", "MR", "PT")
 LABELMAP_STORAGE = uid.UID("1.2.840.10008.5.1.4.1.1.66.7")
 """Label Map Segmentation Storage (2024), which pydicom 3.0 does not know by name."""
@@ -92,6 +98,8 @@ def _series(part: Part) -> SeriesFiles:
     refusal = None
     try:
         check_headers(part.headers)
+        if part.why and len({header.key for header in part.headers}) == 1:
+            raise refuse("SINGLE_SLICE", "there is one slice of this kind beside others of its series")
     except MedsegError as error:
         refusal = reason(error)
     # Before what may be corrected: images that are lacking at its ends leave no gap.
@@ -135,7 +143,10 @@ def _check_kind(headers: Sequence[Header]) -> None:
     first = headers[0]
     facts = {
         "LOCALIZER": (any("LOCALIZER" in header.image_type for header in headers), "planning images"),
-        "COLOUR": (any(header.samples != 1 for header in headers), f"{first.samples} samples per pixel"),
+        "COLOUR": (
+            any(not _is_grey(header) and not _is_rgb(header) for header in headers),
+            f"{first.samples} samples of {first.bits} bits ({first.photometric or 'of unknown kind'})",
+        ),
         "ENHANCED_MULTIFRAME": (
             first.frame is None
             and not first.damaged
@@ -158,9 +169,19 @@ def _check_kind(headers: Sequence[Header]) -> None:
             raise refuse(code, text)
 
 
+def _is_grey(header: Header) -> bool:
+    return header.samples == 1 and header.photometric != "PALETTE COLOR"
+
+
+def _is_rgb(header: Header) -> bool:
+    return header.samples == 3 and header.bits == 8
+
+
 def _is_readable(header: Header) -> bool:
     """Tell classes that hold the values of CT, MR or PET; of others only frames that say all about themselves."""
     if header.sop_class in CLASSIC + MULTIFRAME:
         return True
+    if _is_rgb(header):
+        return header.sop_class in PICTURES and header.modality in MODALITIES
     plain = header.sop_class in PLAIN_MULTIFRAME or header.class_name == "private"
     return plain and header.frame is not None and header.modality in MODALITIES

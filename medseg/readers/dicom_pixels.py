@@ -25,6 +25,7 @@ from pydicom.uid import (
 )
 
 from medseg.readers.dicom_codecs import Layout, decode, decode_rle, own_bits
+from medseg.readers.dicom_colour import rgb_values
 from medseg.readers.dicom_frames import frame_datasets
 from medseg.readers.dicom_header import PARSE_ERRORS, Header
 from medseg.readers.dicom_refusals import refuse
@@ -48,12 +49,13 @@ class Pixels:
 
     Attributes
     ----------
-    values : (columns, rows) float32, stored * slope + intercept rounded once; MONOCHROME1 is not inverted.
+    values : (columns, rows) float32, stored * slope + intercept rounded once; MONOCHROME1 is not inverted. A colour
+        picture is (3, columns, rows) uint8.
     padding : same shape, True where the scanner recorded nothing (PixelPaddingValue); None when there is none.
     notes : LOSSY, REAL_WORLD_MAP, NOT_HU, as they hold for this slice.
     """
 
-    values: NDArray[np.float32]
+    values: NDArray[np.float32] | NDArray[np.uint8]
     padding: NDArray[np.bool_] | None
     notes: frozenset[str] = frozenset()
 
@@ -119,7 +121,10 @@ def _frames_of(headers: Sequence[Header]) -> Iterator[Dataset]:
 def _guarded(datasets: Iterator[Dataset], header: Header, factor: float) -> Pixels:
     """Turn the next data set into values; what goes wrong gets the code of its kind."""
     try:
-        return _values(next(datasets), header, factor)
+        dataset = next(datasets)
+        if not dataset.file_meta.get("TransferSyntaxUID"):
+            dataset.file_meta.TransferSyntaxUID = BARE_SYNTAX[dataset.original_encoding]
+        return _values(dataset, header, factor)
     except EOFError as error:
         raise refuse("TRUNCATED", f"instance {header.instance} ends inside its pixels") from error
     except PARSE_ERRORS as error:
@@ -128,6 +133,9 @@ def _guarded(datasets: Iterator[Dataset], header: Header, factor: float) -> Pixe
 
 
 def _values(dataset: Dataset, header: Header, factor: float) -> Pixels:
+    if header.samples == 3:
+        lossy = dataset.get("LossyImageCompression") == "01"
+        return Pixels(rgb_values(dataset, header), None, frozenset(["LOSSY"] * lossy))
     stored, exact = stored_values(dataset, header)
     padding = _padding(dataset, stored)
     notes = {
@@ -164,8 +172,6 @@ def stored_values(dataset: Dataset, header: Header) -> tuple[NDArray[Any], bool]
     ------
     ReadError : TRUNCATED, LENGTH_MISMATCH, CODESTREAM_MISMATCH or NO_DECODER; PARSE_ERRORS: what is damaged.
     """
-    if not dataset.file_meta.get("TransferSyntaxUID"):
-        dataset.file_meta.TransferSyntaxUID = BARE_SYNTAX[dataset.original_encoding]
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
     for keyword, (kind, _) in FLOATS.items():
         if keyword in dataset:

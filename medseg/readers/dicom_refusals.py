@@ -27,7 +27,7 @@ REFUSALS: dict[str, Kind] = {
     "BAD_ORIENTATION": Kind(GeometryError, "the directions of rows and columns are damaged: " + _EXPORT),
     "BAD_RESCALE": Kind(ReadError, "the values cannot be brought to their unit: " + _EXPORT),
     "CODESTREAM_MISMATCH": Kind(ReadError, "the compressed pixels do not fit their header: " + _EXPORT),
-    "COLOUR": Kind(ReadError, "colour pictures have no intensities to learn from: give the original series"),
+    "COLOUR": Kind(ReadError, "only 8-bit RGB and YBR pictures are read: give the original series"),
     "DUPLICATE_POSITION": Kind(GeometryError, "keep the right one of the slices that share a position"),
     "ENHANCED_MULTIFRAME": Kind(
         ReadError, "where its frames lie is not said for each of them: export it as enhanced or single-frame images"
@@ -59,7 +59,7 @@ REFUSALS: dict[str, Kind] = {
     "NO_SERIES": Kind(ReadError, "give a folder or files of one CT, MR or PET series"),
     "OVERSIZED": Kind(ReadError, "raise max_bytes if the size is real"),
     "PART_INCOMPLETE": Kind(GeometryError, "what others show there is not shown at its time or setting: " + _EXPORT),
-    "SINGLE_SLICE": Kind(GeometryError, "one slice has no spacing: give the whole series"),
+    "SINGLE_SLICE": Kind(GeometryError, "a slice that others of its series do not fit is no series: give the whole"),
     "SLICES_ASIDE": Kind(GeometryError, "they do not show the same part of the body: separate them"),
     "SUV_INCOMPLETE": Kind(
         ReadError, "complete the header, or read what is stored (`values: stored` in the channel of the spec)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,9 +51,11 @@ def read_series(
     -------
     Volume
         array (1, I, J, K) float32: I along a row (column index), J down the rows, K along cross(row, column); values
-        in HU for CT, the stored unit for MR and PET. affine exact from position, directions and spacing, RAS+ mm.
-        notes: DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, LOSSY, NOT_HU (CT), NO_FRAME_OF_REFERENCE, NO_RESCALE
-        and RESCALE_VARIES (CT), PADDING_MASKED, REAL_WORLD_MAP, SPACING_REGULARISED, SUV_BW, TILT_CORRECTED.
+        in HU for CT, the stored unit for MR and PET. A colour series gives (3, I, J, K) uint8: red, green, blue.
+        affine exact from position, directions and spacing, RAS+ mm; of a single slice, K has its thickness.
+        notes: COLOUR_PICTURE, DERIVED, DUPLICATES_DROPPED, LOCALIZER_SET_ASIDE, LOSSY, NOT_HU (CT),
+        NO_FRAME_OF_REFERENCE, NO_RESCALE and RESCALE_VARIES (CT), NO_THICKNESS, PADDING_MASKED, REAL_WORLD_MAP,
+        SINGLE_SLICE, SPACING_REGULARISED, SUV_BW, TILT_CORRECTED.
         A corrected one lies on an upright grid (see dicom_regular) that covers all slices; where none is, it holds air
         (CT) or the lowest value.
         meta: Modality, Manufacturer, Units when present, and how a corrected series lay; no free text.
@@ -71,9 +74,9 @@ def read_series(
     headers, duplicates = each_once(source.headers)
     _check_size((headers[0].columns, headers[0].rows, len(headers)), max_bytes)
     stack = series_stack(headers)
-    upright = upright_grid(stack, allow)
+    upright = upright_grid(stack, () if headers[0].samples == 3 else allow)  # colours are not blended
     ordered = [headers[index] for index in stack.order]
-    suv = headers[0].modality == "PT" if suv is None else suv
+    suv = headers[0].modality == "PT" and headers[0].samples == 1 if suv is None else suv
     factors = suv_factors(ordered) if suv else [1.0] * len(ordered)
     with quiet():
         _check_duplicates(duplicates, headers)
@@ -85,6 +88,9 @@ def read_series(
         array = to_upright(array, upright, fill=_outside(array, headers[0].modality))
         affine, meta = upright.affine, meta | upright.figures
         notes += upright.notes
+    notes += ["COLOUR_PICTURE"] * (headers[0].samples == 3)
+    if len(headers) == 1:
+        notes += ["SINGLE_SLICE"] + ["NO_THICKNESS"] * (headers[0].thickness is None)
     notes += ["DERIVED"] * ("DERIVED" in headers[0].image_type)
     notes += ["DUPLICATES_DROPPED"] * bool(duplicates)
     notes += ["NO_FRAME_OF_REFERENCE"] * (not headers[0].frame_of_reference)
@@ -160,16 +166,17 @@ def _digest(pixels: Pixels) -> bytes:
     return hashlib.sha256(repr(content.shape).encode() + content.tobytes()).digest()
 
 
-def _stack(headers: Sequence[Header], factors: Sequence[float]) -> tuple[NDArray[np.float32], set[str]]:
-    """Read the slices in order into (1, I, J, K); padding becomes the lowest real value. Also: what to note."""
+def _stack(headers: Sequence[Header], factors: Sequence[float]) -> tuple[NDArray[Any], set[str]]:
+    """Read the slices in order into (C, I, J, K); padding becomes the lowest real value. Also: what to note."""
     first = headers[0]
-    array = np.empty((1, len(headers), first.rows, first.columns), np.float32).transpose(0, 3, 2, 1)
+    kind: type[Any] = np.uint8 if first.samples == 3 else np.float32
+    array = np.empty((first.samples, len(headers), first.rows, first.columns), kind).transpose(0, 3, 2, 1)
     padded: dict[int, NDArray[np.bool_]] = {}
     notes: set[str] = set()
     lowest = np.inf
     for k, pixels in read_slices(headers, factors):
         notes |= pixels.notes
-        array[0, :, :, k] = pixels.values
+        array[:, :, :, k] = pixels.values
         real = pixels.values if pixels.padding is None else pixels.values[~pixels.padding]
         lowest = min(lowest, float(real.min())) if real.size else lowest
         if pixels.padding is not None:

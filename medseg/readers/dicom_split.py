@@ -98,9 +98,9 @@ def _by_repeats(headers: list[Header]) -> list[tuple[list[Header], int]]:
     places = repeats(once)
     place_of = {header.key: int(place) for header, place in zip(once, places, strict=True)}
     found = list(_separate(headers, place_of, []))
-    if len(found) == 1 or any(_most(part, place_of) > 1 for part, _ in found):
-        return [(headers, 0)]
     covers = [{place_of[header.key] for header in part} for part, _ in found]
+    if len(found) == 1 or any(_most(part, place_of) > 1 for part, _ in found) or max(map(len, covers)) == 1:
+        return [(headers, 0)]
     return [
         (part, _lacking(covers[number], covers, separate=any(word in SEPARATE for word in words)))
         for number, (part, words) in enumerate(found)
