@@ -88,7 +88,11 @@ class Stack:
         affine[:3, 0] = LPS_TO_RAS @ self.axes[0] * self.spacing[0]
         affine[:3, 1] = LPS_TO_RAS @ self.axes[1] * self.spacing[1]
         single = len(self.positions) == 1
-        step = self.axes[2] * self.thickness if single else (self.positions[-1] - self.positions[0]) / (len(self.positions) - 1)
+        step = (
+            self.axes[2] * self.thickness
+            if single
+            else (self.positions[-1] - self.positions[0]) / (len(self.positions) - 1)
+        )
         affine[:3, 2] = LPS_TO_RAS @ step
         affine[:3, 3] = LPS_TO_RAS @ self.positions[0]
         return affine

@@ -334,7 +334,7 @@ def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
 
 
 def _thickness(dataset: Dataset) -> float | None:
-    """Return the first positive one of two attributes that no volume depends on: here a wrong one is as good as none."""
+    """Return the first positive one of two attributes; no volume needs them, so a wrong one is as good as none."""
     for keyword in ("SpacingBetweenSlices", "SliceThickness"):
         try:
             value = abs(float(dataset.get(keyword) or 0))  # Philips writes negative distances

@@ -63,7 +63,7 @@ def mosaic_of(dataset: Dataset) -> Mosaic:
     down, right = (float(value) for value in dataset.PixelSpacing)
     normal = np.array([float(value) for value in csa["SliceNormalVector"]], dtype=np.float64)
     cross = np.cross(directions[0], directions[1])
-    if normal.shape != (3,) or min(np.abs(normal - cross).max(), np.abs(normal + cross).max()) > NORMAL_TOLERANCE:
+    if normal.shape != (3,) or not min(np.abs(normal - cross).max(), np.abs(normal + cross).max()) < NORMAL_TOLERANCE:
         raise ValueError("the direction of the stack is not the normal of the slices")
     step = float(dataset.SpacingBetweenSlices) * np.sign(normal @ cross) * cross
     size = np.array([columns, rows])

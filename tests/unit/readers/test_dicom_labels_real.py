@@ -180,10 +180,10 @@ def test_refused(objects: Path, image: Callable[[str], tuple[Volume, tuple[Path,
 
 
 def test_contours_of_rt_utils(objects: Path, image: Callable[[str], tuple[Volume, tuple[Path, ...]]]) -> None:
-    """A square with a hole of eight corners."""
+    """A square with a hole of eight corners; it names the images, but another frame of reference than theirs."""
     volume, paths = image("rt")
     mask = read_dicom_labels(objects / RT / "mock_data/rt.dcm", LabelRequest(volume, (Wanted("x", 1),), paths))
-    assert mask.notes == ("MATCHED_BY_POSITION",)
+    assert mask.notes == ("FRAME_OF_REFERENCE_DIFFERS",)
     found = np.argwhere(mask.array[0])
     assert (found.min(axis=0).tolist(), found.max(axis=0).tolist()) == ([152, 152, 0], [200, 200, 0])
     assert not mask.array[0, 162:190, 162:190].any()

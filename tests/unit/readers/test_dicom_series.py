@@ -251,6 +251,10 @@ READS: dict[str, tuple[Callable[[list[Path]], object], tuple[str, ...]]] = {
     "JPEG 2000": (partial(compress, syntax=JPEG2000Lossless), ()),
     "MONOCHROME1": (monochrome1, ()),
     "signed 14 bits, dirty high bits": (fourteen_bits_with_overlay, ()),
+    "big endian, signed 14 bits, dirty high bits": (
+        lambda paths: (fourteen_bits_with_overlay(paths), rewrite(paths, ExplicitVRBigEndian, little=False)),
+        (),
+    ),
     "unsigned 16 bits": (unsigned, ()),
     "no preamble": (no_preamble, ()),
     "no frame of reference": (
@@ -322,6 +326,35 @@ def test_padding_becomes_the_lowest_real_value(written: int, series: list[Path])
     expected[np.isnan(expected)] = np.nanmin(expected)
     np.testing.assert_array_equal(volume.array, expected)
     assert volume.notes == ("PADDING_MASKED",)
+
+
+@pytest.mark.parametrize(
+    ("tags", "step", "notes"),
+    [
+        ({"SliceThickness": 3}, 3, ("SINGLE_SLICE",)),
+        ({"SliceThickness": 3, "SpacingBetweenSlices": -4}, 4, ("SINGLE_SLICE",)),
+        ({"SliceThickness": 0}, 1, ("NO_THICKNESS", "SINGLE_SLICE")),
+        ({"SliceThickness": None}, 1, ("NO_THICKNESS", "SINGLE_SLICE")),
+    ],
+)
+def test_a_single_slice_lies_where_it_says(
+    series: list[Path], tags: dict[str, float | None], step: float, notes: tuple[str, ...]
+) -> None:
+    for path in series[1:]:
+        path.unlink()
+    for keyword, value in tags.items():
+        edit(series[0], put(keyword, value))
+    volume = read_series(series[0].parent)
+    truth = phantom().array[:, :, :, :1]
+    np.testing.assert_array_equal(volume.array, truth)
+    expected = AFFINE.copy()
+    expected[2, 2] = step
+    np.testing.assert_allclose(volume.affine, expected, atol=1e-6)
+    assert volume.notes == notes
+    edit(series[0], drop("ImagePositionPatient"))
+    with pytest.raises(GeometryError) as caught:
+        read_series(series[0].parent)
+    assert caught.value.code == "NO_POSITION"
 
 
 def test_zero_padding_of_mr_stays_zero(tmp_path: Path) -> None:
@@ -495,7 +528,7 @@ REFUSED: dict[str, tuple[str, Callable[[list[Path]], object]]] = {
     "more pixels than declared": ("LENGTH_MISMATCH", each(lambda d: put("Rows", d.Rows - 1)(d))),
     "60000 x 60000 declared": ("OVERSIZED", each(lambda d: (put("Rows", 60000)(d), put("Columns", 60000)(d)))),
     "localizers only": ("LOCALIZER", each(put("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]))),
-    "one slice": ("SINGLE_SLICE", lambda paths: [path.unlink() for path in paths[1:]]),
+    "palette colour": ("COLOUR", each(put("PhotometricInterpretation", "PALETTE COLOR"))),
     "two frames of reference": ("MIXED_FRAME_OF_REFERENCE", one(put("FrameOfReferenceUID", "1.2.3"))),
     "two time points": ("MIXED_SERIES", partial(second_series, TemporalPositionIdentifier=2)),
     "two echoes": ("MIXED_SERIES", partial(second_series, EchoNumbers=2)),
@@ -541,9 +574,14 @@ def test_hazards_are_refused_with_their_code(name: str, series: list[Path]) -> N
     assert not any(path.name in str(caught.value) for path in series)
 
 
+def test_a_slice_that_does_not_fit_the_others_is_refused(series: list[Path]) -> None:
+    edit(series[-1], put("ImageOrientationPatient", [1, 0, 0, 0, 0.8, 0.6]))
+    assert parts(series[0].parent) == [(1, "MIXED_ORIENTATION", "SINGLE_SLICE"), (7, "MIXED_ORIENTATION", "")]
+
+
 def test_every_code_has_a_case() -> None:
-    # what is allowed and goes too far: test_dicom_regular; what PET values need: test_dicom_suv
-    assert {code for code, _ in REFUSED.values()} == set(REFUSALS) - set(BEYOND) - {"SUV_INCOMPLETE"}
+    # what is allowed and goes too far: test_dicom_regular; what PET values need: test_dicom_suv; a stray slice: above
+    assert {code for code, _ in REFUSED.values()} == set(REFUSALS) - set(BEYOND) - {"SUV_INCOMPLETE", "SINGLE_SLICE"}
 
 
 def test_every_code_is_documented() -> None:
