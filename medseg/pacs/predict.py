@@ -126,9 +126,7 @@ def _web(address: Address, all_of_them: Sequence[Address], patience: Patience | 
     return Web(address, find_credentials(address, all_of_them), patience or Patience())
 
 
-def _from_archive(
-    web: Web, options: Options, scratch: Path, progress: Callable[[int, int], None]
-) -> Iterator[Entry]:
+def _from_archive(web: Web, options: Options, scratch: Path, progress: Callable[[int, int], None]) -> Iterator[Entry]:
     studies = find_studies(web)
     silent = 0
     for number, uid in enumerate(studies):

@@ -40,9 +40,7 @@ def settled(out: Path, study: RemoteStudy, *, recipe: str, formats: Sequence[str
     for case in cases:
         before = ledger.read(case)
         names = tuple(f"{case}{EXPORTERS[name].suffix}" for name in formats)
-        entry = before and ledger.settled(
-            case, input_digest=before.input_digest, model_digest=recipe, outputs=names
-        )
+        entry = before and ledger.settled(case, input_digest=before.input_digest, model_digest=recipe, outputs=names)
         if not entry:
             return []
         entries.append(entry)

@@ -28,6 +28,7 @@ from medseg.readers.dicom_codecs import Layout, decode, decode_rle, own_bits
 from medseg.readers.dicom_colour import rgb_values
 from medseg.readers.dicom_frames import frame_datasets
 from medseg.readers.dicom_header import PARSE_ERRORS, Header
+from medseg.readers.dicom_inflate import check_inflated
 from medseg.readers.dicom_refusals import refuse
 
 BARE_SYNTAX: dict[tuple[bool | None, bool | None], UID] = {
@@ -82,15 +83,15 @@ def read_slices(headers: Sequence[Header], factors: Sequence[float] = ()) -> Ite
         files.setdefault(header.path, []).append(index)
     for path, indices in files.items():
         if headers[indices[0]].across:
-            whole = (pydicom.dcmread(path, force=True) for path in [path])
-            picture = _guarded(whole, _mosaic(headers[indices[0]]), factors[indices[0]] if factors else 1.0)
+            mosaic = _mosaic(headers[indices[0]])
+            picture = _guarded(_whole(path, mosaic), mosaic, factors[indices[0]] if factors else 1.0)
             yield from ((index, _tile(picture, headers[index])) for index in indices)
             continue
         indices.sort(key=lambda index: headers[index].key)
         single = headers[indices[0]].frame is None
         datasets = _frames_of([headers[index] for index in indices])
         for index in indices:
-            found = (pydicom.dcmread(path, force=True) for path in [path]) if single else datasets
+            found = _whole(path, headers[index]) if single else datasets
             yield index, _guarded(found, headers[index], factors[index] if factors else 1.0)
 
 
@@ -108,6 +109,12 @@ def _tile(picture: Pixels, tile: Header) -> Pixels:
         values=picture.values[where],
         padding=None if picture.padding is None else picture.padding[where],
     )
+
+
+def _whole(path: Path, header: Header) -> Iterator[Dataset]:
+    """Yield the one data set of a single-frame file."""
+    check_inflated(path, header.rows * header.columns * header.samples * header.bits // 8)
+    yield pydicom.dcmread(path, force=True)
 
 
 def _frames_of(headers: Sequence[Header]) -> Iterator[Dataset]:
