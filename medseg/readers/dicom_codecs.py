@@ -60,6 +60,7 @@ class Codec:
     Attributes
     ----------
     module, package : what is imported, and what is installed for it.
+    plugin : pydicom's name for it, for colour pictures.
     header : reads what a picture says of itself.
     kinds : frame markers that belong to the syntax.
     bits : numbers of bits that the syntax allows.
@@ -68,6 +69,7 @@ class Codec:
 
     module: str
     package: str
+    plugin: str
     header: Callable[[bytes], Codestream]
     kinds: frozenset[int]
     bits: Collection[int]
@@ -114,10 +116,12 @@ def _openjpeg(stream: bytes, picture: Codestream, syntax: str) -> bytes:
     return bytes(decode_j2k(stream[stream.find(J2K_START) :], j2k_format=0, reshape=False).tobytes())
 
 
-_JPEG = Codec("gdcm", "python-gdcm", jpeg_codestream, frozenset({0xC0, 0xC1, 0xC2}), (8, 12), _gdcm)
-_JPEG_LOSSLESS = Codec("gdcm", "python-gdcm", jpeg_codestream, frozenset({LOSSLESS_JPEG}), range(2, 17), _gdcm)
-_JPEG_LS = Codec("jpeg_ls", "pyjpegls", jpeg_codestream, frozenset({JPEG_LS}), range(2, 17), _charls)
-_JPEG_2000 = Codec("openjpeg", "pylibjpeg-openjpeg", j2k_codestream, frozenset({0}), range(1, 33), _openjpeg)
+_JPEG = Codec("gdcm", "python-gdcm", "gdcm", jpeg_codestream, frozenset({0xC0, 0xC1, 0xC2}), (8, 12), _gdcm)
+_JPEG_LOSSLESS = Codec("gdcm", "python-gdcm", "gdcm", jpeg_codestream, frozenset({LOSSLESS_JPEG}), range(2, 17), _gdcm)
+_JPEG_LS = Codec("jpeg_ls", "pyjpegls", "pyjpegls", jpeg_codestream, frozenset({JPEG_LS}), range(2, 17), _charls)
+_JPEG_2000 = Codec(
+    "openjpeg", "pylibjpeg-openjpeg", "pylibjpeg", j2k_codestream, frozenset({0}), range(1, 33), _openjpeg
+)
 
 CODECS: dict[str, Codec] = {
     uid.JPEGBaseline8Bit: _JPEG,
@@ -133,6 +137,41 @@ CODECS: dict[str, Codec] = {
     uid.HTJ2K: _JPEG_2000,
 }
 """Transfer syntax -> decoder; RLE and the uncompressed ones need none."""
+
+
+def codec_for(syntax: str) -> Codec:
+    """Return the decoder of a compressed syntax; raise ReadError(NO_DECODER) where there is none."""
+    codec = CODECS.get(syntax)
+    if codec is None or importlib.util.find_spec(codec.module) is None:
+        raise refuse("NO_DECODER", f"no decoder for {uid.UID(syntax).name} is installed")
+    return codec
+
+
+def check_picture(stream: bytes, syntax: str, layout: Layout, who: str, *, samples: int = 1) -> Codestream:
+    """Compare what a compressed picture says of itself with what is declared, before anything decodes it.
+
+    Raises
+    ------
+    ReadError : NO_DECODER, LENGTH_MISMATCH, CODESTREAM_MISMATCH.
+    EOFError, ValueError, struct.error : its header is damaged.
+    """
+    codec = codec_for(syntax)
+    picture = codec.header(stream)
+    if (picture.rows, picture.columns) != (layout.rows, layout.columns):
+        raise refuse(
+            "LENGTH_MISMATCH",
+            f"the compressed picture of {who} is {picture.columns}x{picture.rows}, "
+            f"declared are {layout.columns}x{layout.rows}",
+        )
+    # GDCM writes 12-bit JPEG as 16-bit pictures that no process allows, with every number 32768 too high
+    fits = picture.bits in codec.bits and picture.bits <= layout.allocated
+    if picture.samples != samples or picture.kind not in codec.kinds or not fits:
+        raise refuse(
+            "CODESTREAM_MISMATCH",
+            f"the compressed picture of {who} has {picture.samples} samples of {picture.bits} bits (kind "
+            f"{picture.kind:#x}), declared are {samples} of {layout.stored} as {uid.UID(syntax).name}",
+        )
+    return picture
 
 
 def decode(stream: bytes, syntax: str, layout: Layout, who: str) -> tuple[Array, bool]:
@@ -153,24 +192,8 @@ def decode(stream: bytes, syntax: str, layout: Layout, who: str) -> tuple[Array,
     ReadError : NO_DECODER, LENGTH_MISMATCH (another size), CODESTREAM_MISMATCH (another kind, sign or number of bits).
     EOFError, ValueError, struct.error, RuntimeError : the picture is cut short or damaged.
     """
-    codec = CODECS.get(syntax)
-    if codec is None or importlib.util.find_spec(codec.module) is None:
-        raise refuse("NO_DECODER", f"no decoder for {uid.UID(syntax).name} is installed")
-    picture = codec.header(stream)
-    if (picture.rows, picture.columns) != (layout.rows, layout.columns):
-        raise refuse(
-            "LENGTH_MISMATCH",
-            f"the compressed picture of {who} is {picture.columns}x{picture.rows}, "
-            f"declared are {layout.columns}x{layout.rows}",
-        )
-    # GDCM writes 12-bit JPEG as 16-bit pictures that no process allows, with every number 32768 too high
-    fits = picture.bits in codec.bits and picture.bits <= layout.allocated
-    if picture.samples != 1 or picture.kind not in codec.kinds or not fits:
-        raise refuse(
-            "CODESTREAM_MISMATCH",
-            f"the compressed picture of {who} has {picture.samples} samples of {picture.bits} bits (kind "
-            f"{picture.kind:#x}), declared are 1 of {layout.stored} as {uid.UID(syntax).name}",
-        )
+    codec = codec_for(syntax)
+    picture = check_picture(stream, syntax, layout, who)
     size = next(bytes_ for bytes_ in (1, 2, 4) if picture.bits <= 8 * bytes_)
     data = codec.decode(stream, picture, syntax)
     if len(data) != size * layout.pixels:

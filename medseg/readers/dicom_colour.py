@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels.decoders.base import get_decoder
+from pydicom.encaps import get_frame
 from pydicom.pixels.utils import pixel_array
-from pydicom.uid import UID
+from pydicom.uid import UID, RLELossless
 
+from medseg.readers.dicom_codecs import Layout, check_picture, codec_for
 from medseg.readers.dicom_header import Header
 from medseg.readers.dicom_refusals import refuse
 
@@ -25,7 +26,8 @@ def rgb_values(dataset: Dataset, header: Header) -> NDArray[np.uint8]:
 
     Raises
     ------
-    ReadError : COLOUR, the kind of colour is another; TRUNCATED, LENGTH_MISMATCH or NO_DECODER; EOFError: no pixels;
+    ReadError : COLOUR, the kind of colour is another; TRUNCATED, LENGTH_MISMATCH, CODESTREAM_MISMATCH or NO_DECODER;
+        EOFError: no pixels;
         PARSE_ERRORS: what pydicom finds damaged.
     """
     if "PixelData" not in dataset:
@@ -33,16 +35,18 @@ def rgb_values(dataset: Dataset, header: Header) -> NDArray[np.uint8]:
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
     if dataset.PhotometricInterpretation not in RGB_LIKE or int(dataset.get("BitsStored", 8)) != 8:
         raise refuse("COLOUR", f"instance {header.instance} holds no 8-bit RGB or YBR picture")
-    if syntax.is_encapsulated:
-        try:
-            available = get_decoder(syntax).is_available
-        except NotImplementedError:
-            available = False
-        if not available:
-            raise refuse("NO_DECODER", f"no decoder for {syntax.name} is installed")
+    plugin = ""
+    if syntax == RLELossless:
+        plugin = "pydicom"
+    elif syntax.is_encapsulated:
+        # pydicom would go through all plugins that are installed, also those under the GPL
+        plugin = codec_for(syntax).plugin
+        frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+        layout = Layout(header.rows, header.columns, 8, 8, 0, signed=False)
+        check_picture(frame, syntax, layout, f"instance {header.instance}", samples=3)
     else:
         _check_length(dataset, header)
-    picture = np.asarray(pixel_array(dataset))
+    picture = np.asarray(pixel_array(dataset, decoding_plugin=plugin))
     if picture.shape != (header.rows, header.columns, 3) or picture.dtype != np.uint8:
         raise refuse("LENGTH_MISMATCH", f"instance {header.instance} decodes to another size than it declares")
     return np.asarray(picture.transpose(2, 1, 0))
