@@ -267,12 +267,34 @@ DICOM_LABELS = {
 }
 
 
+def _join_frames(files: list[Path]) -> None:
+    """Replace the files of a classic MR series by one legacy-converted enhanced file in their folder."""
+    import pydicom
+    from highdicom.legacy import LegacyConvertedEnhancedMRImage
+    from pydicom.uid import generate_uid
+
+    classic = [pydicom.dcmread(file) for file in files]
+    uids = [str(generate_uid(entropy_srcs=[word, str(classic[0].SeriesInstanceUID)])) for word in ("series", "SOP")]
+    whole = LegacyConvertedEnhancedMRImage(classic, uids[0], 1, uids[1], 1)
+    for file in files:
+        file.unlink()
+    whole.save_as(files[0].with_name("enhanced.dcm"))
+
+
 def make_dicom_result(
-    folder: Path, grid: str = "axial", *, labels: Any = None, regions: Any = None, modality: str = "MR", **tags: Any
+    folder: Path,
+    grid: str = "axial",
+    *,
+    labels: Any = None,
+    regions: Any = None,
+    modality: str = "MR",
+    enhanced: bool = False,
+    **tags: Any,
 ) -> Any:
     """Write a series into `folder` (its files get `tags`) and return the Result of a mask without any symmetry on it.
 
-    Its probabilities are noise: no value is that of another voxel.
+    Its probabilities are noise: no value is that of another voxel. `enhanced`: the series is one file of many frames,
+    written by highdicom.
 
     Label 1 has an L shape with a hole through some slices and an island, 7 touches it, 3 is one voxel, 4 is absent.
     """
@@ -299,6 +321,8 @@ def make_dicom_result(
         for keyword, value in tags.items():
             setattr(dataset, keyword, value)
         dataset.save_as(file)
+    if enhanced:
+        _join_frames(files)
     (series,) = find_series(folder)
     source = read_series(series)
     mask = align_to(Volume(array, DICOM_GRIDS[grid]), source)

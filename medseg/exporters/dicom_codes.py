@@ -98,17 +98,18 @@ _SUV = Code("126401", "DCM", "SUVbw")
 _QUANTITIES = {
     ("CT", ""): (_ATTENUATION, Code("[hnsf'U]", "UCUM", "Hounsfield unit")),
     ("CT", "NO_RESCALE"): (_ATTENUATION, ARBITRARY),
+    ("CT", "NOT_HU"): (_ATTENUATION, ARBITRARY),
     ("MR", ""): (Code("110852", "DCM", "MR signal intensity"), ARBITRARY),
-    # PS3.3 C.8.9.1: g/ml without a type is by body weight
-    ("PT", "GML"): (_SUV, Code("{SUVbw}g/ml", "UCUM", "Standardized Uptake Value body weight")),
+    ("PT", "SUV_BW"): (_SUV, Code("{SUVbw}g/ml", "UCUM", "Standardized Uptake Value body weight")),
     ("PT", "BQML"): (_ACTIVITY, Code("Bq/ml", "UCUM", "Becquerels/milliliter")),
     ("PT", ""): (_ACTIVITY, ARBITRARY),
 }
-"""(modality, unit of the values) -> what the values measure (PS3.16 CID 7469), and their UCUM unit."""
+"""(modality, note of the reader or Units) -> what the values measure (PS3.16 CID 7469), and their UCUM unit."""
+_TELLING_NOTES = ("NO_RESCALE", "NOT_HU", "SUV_BW")
 
 
 def quantity(image: Volume) -> tuple[Code, Code] | None:
     """Return what the values of an image measure and their unit; None for a modality of which we do not know it."""
     modality = image.meta.get("Modality", "")
-    unit = "NO_RESCALE" if "NO_RESCALE" in image.notes else image.meta.get("Units", "")
+    unit = next((note for note in _TELLING_NOTES if note in image.notes), image.meta.get("Units", ""))
     return _QUANTITIES.get((modality, unit)) or _QUANTITIES.get((modality, ""))

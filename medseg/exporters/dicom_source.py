@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -24,10 +24,11 @@ from pydicom.valuerep import format_number_as_ds
 
 from medseg.errors import ExportError
 from medseg.exporters.dicom_codes import label_segments
+from medseg.exporters.dicom_frames import classic_headers, refer_to_frames
 from medseg.exporters.result import Result
 from medseg.files import write_atomically
 from medseg.readers.dicom_geometry import mean_directions, series_grid
-from medseg.readers.dicom_header import quiet
+from medseg.readers.dicom_header import Header, quiet
 from medseg.spec import Spec
 from medseg.volume import grid_distance
 
@@ -84,6 +85,7 @@ def write_object(
     images = source_images(result)
     with silent():
         dataset = build(result, images)
+        refer_to_frames(dataset, result.need_series().headers)
         finish(dataset, images[0])
     save(path, dataset, partial(check, name=path.name, result=result))
     return ("PRIVATE_CODE",) * any(segment.uncoded for segment in label_segments(result.spec))
@@ -92,22 +94,18 @@ def write_object(
 def source_images(result: Result) -> list[Dataset]:
     """Return the headers of the series, without pixels, one per slice in the order of the mask's K.
 
+    A frame of a multi-frame file is given as a classic header with a UID of its own (see dicom_frames).
+
     Attributes that DICOM demands but allows to be empty are added empty; a series without frame of reference gets
     one made from its UID. The files are not touched.
 
     Raises
     ------
-    ExportError : NEEDS_DICOM; NEEDS_CLASSIC_SERIES, it is a multi-frame file; NOT_ON_SOURCE_GRID, the mask lies on
-        another grid; SOURCE_CHANGED, a file of the series is no longer what was read.
+    ExportError : NEEDS_DICOM; NOT_ON_SOURCE_GRID, the mask lies on another grid; SOURCE_CHANGED, a file of the
+        series is no longer what was read.
     """
     series = result.need_series()
     headers = list({header.key: header for header in series.headers}.values())
-    if headers[0].frame is not None:
-        raise ExportError(
-            "the series is a multi-frame file, to whose frames these objects do not refer yet: write NIfTI, or give "
-            "the classic series",
-            code="NEEDS_CLASSIC_SERIES",
-        )
     grid = series_grid(headers)
     shape = (headers[0].columns, headers[0].rows, len(headers))
     if result.mask.shape != shape or grid_distance(shape, grid.affine, result.mask.affine) > ON_GRID_MM:
@@ -116,22 +114,31 @@ def source_images(result: Result) -> list[Dataset]:
             "write NIfTI instead",
             code="NOT_ON_SOURCE_GRID",
         )
-    images = []
     directions = [format_number_as_ds(float(value)) for value in mean_directions(headers).ravel()]
     with quiet():
-        for index in grid.order:
-            image = pydicom.dcmread(headers[index].path, stop_before_pixels=True)
-            if str(image.get("SOPInstanceUID", "")) != headers[index].sop_uid:
-                raise ExportError(
-                    f"instance {headers[index].instance} of the series has no SOPInstanceUID or has changed since it "
-                    "was read; an object cannot refer to it",
-                    code="SOURCE_CHANGED",
-                )
+        images = _slices([headers[index] for index in grid.order])
+        for image in images:
             # Slices that the reader took for parallel are made exactly so: highdicom refuses the least difference.
             image.ImageOrientationPatient = directions
             image.PixelSpacing = list(headers[0].spacing or ())
-            images.append(_completed(image))
-    return images
+        return [_completed(image) for image in images]
+
+
+def _slices(headers: Sequence[Header]) -> list[Dataset]:
+    """Return what the files say of each slice: a file, or a frame as if it were one; each file is read once."""
+    images: dict[tuple[str, int], Dataset] = {}
+    for path in dict.fromkeys(header.path for header in headers):
+        own = [header for header in headers if header.path == path]
+        whole = pydicom.dcmread(path, stop_before_pixels=True)
+        if str(whole.get("SOPInstanceUID", "")) != own[0].sop_uid:
+            raise ExportError(
+                f"instance {own[0].instance} of the series has no SOPInstanceUID or has changed since it was read; an "
+                "object cannot refer to it",
+                code="SOURCE_CHANGED",
+            )
+        rows = [whole] if own[0].frame is None else classic_headers(whole, own)
+        images |= {header.key: row for header, row in zip(own, rows, strict=True)}
+    return [images[header.key] for header in headers]
 
 
 def _completed(image: Dataset) -> Dataset:

@@ -40,6 +40,14 @@ def test_validator_finds_no_error(
     assert errors(run("dciodvfy", tmp_path / "x.dcm", allowed=(0, 1))) == []
 
 
+@pytest.mark.parametrize("write", [write_seg, write_fractional, write_rtstruct, write_sr, write_sc])
+def test_validator_finds_no_error_on_a_multi_frame_source(
+    run: Run, dicom_result: Build, tmp_path: Path, write: Callable[..., Any]
+) -> None:
+    write(tmp_path / "x.dcm", dicom_result(tmp_path / "in", "oblique", enhanced=True))
+    assert errors(run("dciodvfy", tmp_path / "x.dcm", allowed=(0, 1))) == []
+
+
 def dcmqi_segments(run: Run, file: Path) -> tuple[list[str], list[Any]]:
     """The names that dcmqi reads and, for each, its image; an image of a LABELMAP holds the segments by number."""
     out = file.with_suffix(".out")

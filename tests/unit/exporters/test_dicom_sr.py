@@ -69,7 +69,9 @@ def code_of(row: pydicom.Dataset) -> str:
         ("CT", {}, (), "[hnsf'U]", "112031"),
         ("CT", {}, ("NO_RESCALE",), "[arb'U]", "112031"),
         ("MR", {}, (), "[arb'U]", "110852"),
-        ("PT", {"Units": "GML"}, (), "{SUVbw}g/ml", "126401"),
+        ("CT", {}, ("NOT_HU",), "[arb'U]", "112031"),
+        ("PT", {"Units": "GML"}, ("SUV_BW",), "{SUVbw}g/ml", "126401"),
+        ("PT", {"Units": "GML"}, (), "[arb'U]", "110821"),  # of an unknown type
         ("PT", {"Units": "BQML"}, (), "Bq/ml", "110821"),
         ("PT", {"Units": "CNTS"}, (), "[arb'U]", "110821"),
     ],

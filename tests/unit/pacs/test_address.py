@@ -15,7 +15,9 @@ from medseg.pacs.credentials import find_credentials
 def test_the_parts_of_an_address() -> None:
     whole = parse_address("dicomweb://127.0.0.1:8042/dicom-web/")
     assert (whole.base, whole.study, whole.series) == ("http://127.0.0.1:8042/dicom-web", "", "")
-    one = parse_address("dicomwebs://pacs.example/rs/studies/1.2.3/series/4.5?ModalitiesInStudy=CT&Modality=CT&00100020=7")
+    one = parse_address(
+        "dicomwebs://pacs.example/rs/studies/1.2.3/series/4.5?ModalitiesInStudy=CT&Modality=CT&00100020=7"
+    )
     assert (one.base, one.study, one.series, one.host) == ("https://pacs.example/rs", "1.2.3", "4.5", "pacs.example")
     assert one.study_filters == (("ModalitiesInStudy", "CT"), ("00100020", "7"))
     assert one.series_filters == (("Modality", "CT"),)
@@ -79,10 +81,7 @@ def test_credentials_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_credentials_from_a_private_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "netrc"
-    file.write_text(
-        "machine 127.0.0.1:1 login nele password geheim\n"
-        "machine pacs.example login bearer password abc\n"
-    )
+    file.write_text("machine 127.0.0.1:1 login nele password geheim\nmachine pacs.example login bearer password abc\n")
     monkeypatch.setenv("MEDSEG_DICOMWEB_NETRC", str(file))
     os.chmod(file, 0o644)
     with pytest.raises(ConfigError, match="chmod 600"):

@@ -59,8 +59,11 @@ def test_there_and_back(
             read_nifti(tmp_path / "out" / f"{entry.id}.nii.gz").array,
             read_nifti(tmp_path / "local" / f"{entry.id}.nii.gz").array,
         )
-        (found,) = [row for row in archive.seg() if archive.objects[row.SOPInstanceUID] == (
-            tmp_path / "out" / f"{entry.id}.seg.dcm").read_bytes()]
+        (found,) = [
+            row
+            for row in archive.seg()
+            if archive.objects[row.SOPInstanceUID] == (tmp_path / "out" / f"{entry.id}.seg.dcm").read_bytes()
+        ]
         assert found.Modality == "SEG"
     # nothing is left, nothing is told
     assert [path.name for path in tmp_path.iterdir() if "scratch" in path.name] == []
