@@ -41,6 +41,7 @@ BARE_SYNTAX: dict[tuple[bool | None, bool | None], UID] = {
 FLOATS = {"FloatPixelData": ("f4", "FloatPixelPadding"), "DoubleFloatPixelData": ("f8", "DoubleFloatPixelPadding")}
 """Element of pixels that are no whole numbers -> its type, and the beginning of the words for its padding."""
 ALLOCATED = (8, 16, 32)
+GREY = ("MONOCHROME2", "MONOCHROME1")
 EXACT_IN_FLOAT32 = 2**24
 
 
@@ -143,6 +144,8 @@ def _values(dataset: Dataset, header: Header, factor: float) -> Pixels:
     if header.samples == 3:
         lossy = dataset.get("LossyImageCompression") == "01"
         return Pixels(rgb_values(dataset, header), None, frozenset(["LOSSY"] * lossy))
+    if dataset.get("PhotometricInterpretation", GREY[0]) not in GREY:
+        raise refuse("COLOUR", f"the numbers of instance {header.instance} are no intensities but places in a palette")
     stored, exact = stored_values(dataset, header)
     padding = _padding(dataset, stored)
     notes = {

@@ -161,6 +161,11 @@ def test_monochrome1_is_not_turned_over(make: Callable[..., Path]) -> None:
     np.testing.assert_array_equal(plane(folder), RAMP)
 
 
+@pytest.mark.parametrize("kind", ["PALETTE COLOR", "RGB", "CANARY"])
+def test_numbers_that_are_no_intensities_are_refused(kind: str, make: Callable[..., Path]) -> None:
+    assert refusal(make(RAMP, "<u2", lambda dataset: setattr(dataset, "PhotometricInterpretation", kind))) == "COLOUR"
+
+
 # ---- tables and other scales ----------------------------------------------------------------------------------------
 
 
