@@ -96,7 +96,8 @@ def _gdcm(stream: bytes, picture: Codestream, syntax: str) -> bytes:
     image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(syntax)))
     # its libjpeg is built three times, for 8, 12 and 16 bits, and is chosen by the bits allocated
     size = next(bits for bits in (8, 12, 16) if picture.bits <= bits)
-    image.SetPixelFormat(gdcm.PixelFormat(1, size, picture.bits, picture.bits - 1, 0))
+    used = picture.bits if size > 8 else 8  # it ends the process when fewer than 8 of 8 bits are used
+    image.SetPixelFormat(gdcm.PixelFormat(1, size, used, used - 1, 0))
     found = image.GetBuffer()
     if found is None:
         raise ValueError("GDCM cannot decode it")
@@ -245,10 +246,12 @@ def own_bits(array: Array, layout: Layout) -> Array:
     """Keep the BitsStored bits below HighBit (others may hold overlays) and extend the sign."""
     if layout.stored == layout.allocated:
         return array
-    unsigned = np.dtype(f"u{array.dtype.itemsize}").newbyteorder(array.dtype.byteorder)
-    raw = array.view(unsigned).astype(np.int64) >> layout.shift
-    mask = (1 << layout.stored) - 1
-    return _extend(raw, layout.stored) if layout.signed else np.asarray(raw & mask)
+    size = array.dtype.itemsize
+    raw = array.view(np.dtype(f"u{size}").newbyteorder(array.dtype.byteorder)).astype(f"u{size}", copy=False)
+    if layout.signed:  # to the top, and back with copies of the sign
+        top = raw << (layout.allocated - layout.stored - layout.shift)
+        return np.asarray(top.view(f"i{size}") >> (layout.allocated - layout.stored))
+    return np.asarray((raw >> layout.shift) & ((1 << layout.stored) - 1))
 
 
 def decode_rle(stream: bytes, layout: Layout) -> bytes:

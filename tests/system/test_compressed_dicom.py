@@ -24,7 +24,14 @@ LOSSY = {
     "extended, 12 bits": ("dcmcjpeg", "+ee", "+q", "95", "+bt"),
     "near-lossless": ("dcmcjpls", "+en", "+md", "2"),
 }
-BITS = {"unsigned 12": (12, False), "signed 12": (12, True), "unsigned 16": (16, False), "signed 16": (16, True)}
+BITS = {
+    "unsigned 6": (6, False),
+    "signed 10": (10, True),
+    "unsigned 12": (12, False),
+    "signed 12": (12, True),
+    "unsigned 16": (16, False),
+    "signed 16": (16, True),
+}
 
 
 def smooth(low: int, high: int) -> np.ndarray:

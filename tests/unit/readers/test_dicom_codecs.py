@@ -369,6 +369,21 @@ def test_a_picture_cut_short_is_never_filled_up(name: str, make: Any) -> None:
         assert caught.value.code in ("TRUNCATED", "UNREADABLE")
 
 
+@pytest.mark.parametrize("bits", [2, 7, 11, 13])
+def test_a_lossless_picture_that_lies_about_its_bits(bits: int, make: Any) -> None:
+    """GDCM ends the process where fewer than 8 of 8 bits are said to be used."""
+    file = make(smooth(0, 4095), 12, False)[1]
+    by_gdcm(file, "JPEGLosslessProcess14_1")
+    frame = bytearray(get_frame(pydicom.dcmread(file).PixelData, 0, number_of_frames=1))
+    frame[frame.find(b"\xff\xc3") + 4] = bits
+    try:
+        values, _ = decode(bytes(frame), uid.JPEGLosslessSV1, Layout(35, 38, 16, 12, 0, signed=False), "instance 7")
+    except (ReadError, ValueError) as error:
+        assert getattr(error, "code", "") in ("", "CODESTREAM_MISMATCH")
+    else:
+        assert values.shape == (35, 38)
+
+
 def test_damaged_codestreams_are_refused_or_of_the_right_size(rng: np.random.Generator) -> None:
     """Never an error of another kind, never a picture of another size."""
     for syntax in (uid.JPEGLSLossless, uid.JPEG2000Lossless):
