@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.errors import GeometryError, MedsegError
+from medseg.errors import GeometryError, MedsegError, ReadError
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_select import choose_series
@@ -83,9 +83,14 @@ def combine(spec: Spec, volumes: Mapping[str, Volume]) -> Volume:
 
     Raises
     ------
+    ReadError : CHANNEL_COUNT, a volume has several channels.
     GeometryError : CHANNEL_GRID (other grid, and `resample` is false), CHANNEL_COVERAGE (a channel shares less than
         half of its space, or of the reference's if that is smaller).
     """
+    for name, volume in volumes.items():
+        if volume.array.shape[0] != 1:
+            text = f"channel {name!r} holds {volume.array.shape[0]} channels of its own, one is needed"
+            raise ReadError(text, code="CHANNEL_COUNT")
     reference = volumes[spec.reference_channel]
     order = {spec.reference_channel: reference, **volumes}
     notes = {note for volume in volumes.values() for note in volume.notes}

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from medseg.cases import find_cases, make_case
 from medseg.errors import SpecError
 from medseg.readers.nifti import stem
-from medseg.spec import BACKGROUND, Case, Channel, Dataset, Label, Region, Spec, find_cases, make_case
+from medseg.spec import BACKGROUND, Case, Channel, Dataset, Label, Region, Spec
 
 
 def load_msd_or_nnunet(folder: Path) -> Dataset:

@@ -18,8 +18,6 @@ from medseg import config
 from medseg.config import Config
 from medseg.errors import SpecError
 from medseg.files import digest
-from medseg.privacy import keyed_id
-from medseg.readers import reader_for
 from medseg.readers.label_request import Overlap
 from medseg.readers.series_rules import ALIASES, MODALITIES, Condition, SeriesRule, condition_problem
 from medseg.registry import did_you_mean
@@ -133,6 +131,8 @@ class Spec(Config):
     root : folder of the files, relative to the spec file; ``~`` and ``${VARIABLE}`` are expanded.
     images : path pattern below root with {case}, and {channel} where each channel has its own file; a DICOM series
         is a folder. Without {channel} a file must hold all channels (4-D NIfTI).
+    studies : instead of `images` and `masks`: folder below root whose DICOM studies, with the SEG and RTSTRUCT objects
+        in them, are the cases.
     masks : path pattern of the label maps, or of DICOM SEG or RTSTRUCT files or their folders, with {case}.
     channels : name -> Channel, in the order in which the network sees them.
     labels : name -> Label (or just its value); background is 0 and need not be listed.
@@ -142,7 +142,8 @@ class Spec(Config):
     resample : whether a channel on another grid is resampled; unless told, where channels are found by `match`.
     frame_of_reference : channels found by `match` must lie in the "same" one, or in "any".
     ignore : mask value whose voxels are unannotated and teach nothing.
-    patient : regular expression on the case id; its first group (or the whole match) names the patient.
+    patient : regular expression on the case id (on the PatientID of `studies`); its first group (or the whole match)
+        names the patient.
     case_ids : "name" shows names from the disk, "hash" hashes them; unless told, DICOM is hashed and NIfTI is not.
     spacing : overrides the planner's spacing, (I, J, K) in `unit`.
     """
@@ -153,6 +154,7 @@ class Spec(Config):
     root: str = "."
     images: str = ""
     masks: str = ""
+    studies: str = ""
     channels: dict[str, Channel] = Field(min_length=1)
     labels: dict[str, Label]
     regions: dict[str, Region] = Field(default_factory=dict)
@@ -218,6 +220,10 @@ class Spec(Config):
             for key, pattern in (("images", self.images), ("masks", self.masks))
             if pattern and pattern.count("{case}") != 1
         ]
+        if self.studies and (self.images or self.masks):
+            problems.append("studies: it stands instead of `images` and `masks`")
+        if self.studies and self.case_ids == "name":
+            problems.append("case_ids: DICOM studies have no names that could be shown; leave it out")
         both = set(self.splits.train) & set(self.splits.test)
         problems += [f"splits: case {case!r} stands in train and in test" for case in sorted(both)]
         return problems
@@ -227,10 +233,10 @@ class Spec(Config):
         if self.reference is not None and self.reference not in self.channels:
             hint = did_you_mean(self.reference, list(self.channels))
             problems.append(f"reference: {self.reference!r} is not a channel{hint}")
-        if all(channel.match is None for channel in self.channels.values()):
+        if not self.rules:
             return problems
         for name, channel in self.channels.items():
-            if channel.match is None:
+            if channel.match is None and not self.studies:
                 text = "has no `match`, another channel has one; `match: {}` goes by the modality alone"
                 problems.append(f"channels.{name}: {text}")
             if channel.modality and channel.modality not in (*MODALITIES, *ALIASES):
@@ -244,9 +250,9 @@ class Spec(Config):
     def rules(self) -> dict[str, SeriesRule]:
         """Channel -> the rule that finds its series in a DICOM study; empty where patterns find the files."""
         return {
-            name: SeriesRule(channel.modality, channel.match)
+            name: SeriesRule(channel.modality, channel.match or {})
             for name, channel in self.channels.items()
-            if channel.match is not None
+            if channel.match is not None or self.studies
         }
 
     @property
@@ -278,17 +284,23 @@ class Case:
     Attributes
     ----------
     id : its public name, used in every file name, log and table.
-    images : one path per channel, or one path for all channels.
-    mask : path of its label map; None where there is none.
+    images : one path per channel, or one path for all channels; where rules choose the channels, the folder or the
+        files of the study.
+    mask : path of its label map, or paths of its DICOM label objects; None where there is none.
     patient : public name of its patient; cases of one patient are never separated.
     split : "train" or "test".
     """
 
     id: str
     images: tuple[Path, ...]
-    mask: Path | None
+    mask: Path | tuple[Path, ...] | None
     patient: str
     split: Split = "train"
+
+    @property
+    def label_files(self) -> tuple[Path, ...]:
+        """Every file or folder of its mask."""
+        return () if self.mask is None else (self.mask,) if isinstance(self.mask, Path) else self.mask
 
 
 @dataclass(frozen=True)
@@ -325,23 +337,27 @@ def load_dataset(path: Path, *, splits: Path | None = None) -> Dataset:
     else:
         dataset = _load_spec(file)
     if not dataset.cases:
-        raise SpecError(
-            f"{path}: no case was found; check `root` and the pattern `images` "
-            f"({dataset.spec.images or 'from dataset.json'}) against the files on disk"
-        )
+        looked = f"the pattern `images` ({dataset.spec.images or 'from dataset.json'}) against the files on disk"
+        if dataset.spec.studies:
+            looked = "the rules of `channels`: no DICOM study has a series that fits one"
+        raise SpecError(f"{path}: no case was found; check `root` and {looked}")
     chosen = dataset.spec.splits if splits is None else config.load(Splits, splits, error=SpecError)
     return _split(dataset, chosen, name=str(splits or path))
 
 
 def _load_spec(file: Path) -> Dataset:
+    from medseg.cases import find_cases, find_studies
+
     spec = config.load(Spec, file, error=SpecError)
     for key in ("images", "masks"):
-        if not getattr(spec, key):
+        if not getattr(spec, key) and not spec.studies:
             raise SpecError(f"{file}:1: {key}: this key is missing")
     root = (file.parent / _expand(spec.root, file)).resolve()
     if not root.is_dir():
         raise SpecError(f"{file}: root: the folder {spec.root} does not exist")
-    return Dataset(spec, find_cases(spec, root))
+    if spec.studies and not (root / spec.studies).is_dir():
+        raise SpecError(f"{file}: studies: the folder {spec.studies} does not exist below root")
+    return Dataset(spec, find_studies(spec, root) if spec.studies else find_cases(spec, root))
 
 
 def _expand(root: str, file: Path) -> Path:
@@ -352,38 +368,6 @@ def _expand(root: str, file: Path) -> Path:
             "holds the data, or write the path into the spec"
         )
     return Path(text)
-
-
-def find_cases(spec: Spec, root: Path) -> tuple[Case, ...]:
-    """Return the cases whose first channel exists below `root`, ordered by path; other files may still be missing."""
-    tokens = [name if channel.file is None else channel.file for name, channel in spec.channels.items()]
-    per_channel = "{channel}" in spec.images
-    patterns = [spec.images.replace("{channel}", token) for token in tokens] if per_channel else [spec.images]
-    expression = re.compile("(.+?)".join(re.escape(part) for part in patterns[0].split("{case}")))
-    cases = []
-    for found in sorted(root.glob(patterns[0].replace("{case}", "*"))):
-        match = expression.fullmatch(found.relative_to(root).as_posix())
-        if match is None:
-            continue
-        name = match[1]
-        images = tuple(root / pattern.replace("{case}", name) for pattern in patterns)
-        mask = root / spec.masks.replace("{case}", name)
-        cases.append(make_case(spec, name, images, mask if mask.exists() else None))
-    return tuple(cases)
-
-
-def make_case(spec: Spec, name: str, images: tuple[Path, ...], mask: Path | None) -> Case:
-    """Return a Case named by the rule of the spec (names that may identify are hashed)."""
-    patient = name
-    if spec.patient is not None:
-        match = re.search(spec.patient, name)
-        if match is None:
-            raise SpecError(f"patient: the expression {spec.patient!r} finds nothing in the case id {name!r}")
-        patient = match[1] if match.groups() else match[0]
-    hashed = spec.case_ids == "hash" or (spec.case_ids is None and reader_for(images[0]).identifying)
-    if hashed:
-        name, patient = keyed_id("case", spec.name, name), keyed_id("pat", spec.name, patient)
-    return Case(id=name, images=images, mask=mask, patient=patient)
 
 
 def _split(dataset: Dataset, splits: Splits, *, name: str) -> Dataset:

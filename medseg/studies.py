@@ -9,8 +9,7 @@ import numpy as np
 
 from medseg.channels import choose_channels, combine, read_chosen
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
-from medseg.privacy import keyed_id
-from medseg.readers import read_image, reader_for
+from medseg.readers import READERS, read_image, reader_for
 from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.spec import Case, Spec
 from medseg.volume import Volume, align_to, grid_distance, reorient
@@ -32,11 +31,6 @@ class Study:
     mask: Volume | None
 
 
-def study_id(study_uid: str) -> str:
-    """Return the name of a DICOM study whose channels are chosen by rules, the same in a dataset and in a batch."""
-    return keyed_id("case", "study", study_uid)
-
-
 def read_study(spec: Spec, case: Case) -> Study:
     """Read and check one case.
 
@@ -48,7 +42,7 @@ def read_study(spec: Spec, case: Case) -> Study:
     """
     try:
         image, drawn_on = _read_images(spec, case)
-        mask = None if case.mask is None else _read_mask(spec, case.mask, image, drawn_on)
+        mask = None if case.mask is None else _read_mask(spec, case, image, drawn_on)
     except MedsegError as error:
         raise _named(error, f"case {case.id}: {error}") from error
     return Study(case, image, mask)
@@ -92,13 +86,15 @@ def _apart(first: Volume, second: Volume) -> str:
     return f"; corresponding corners lie up to {distance:.3g} {second.unit} apart"
 
 
-def _read_mask(spec: Spec, path: Path, image: Volume, drawn_on: tuple[Path, ...]) -> Volume:
-    if not path.exists():
-        raise ReadError(f"its mask ({path.name}) is missing", code="LABEL_MISSING")
-    by_name = reader_for(path).labels
+def _read_mask(spec: Spec, case: Case, image: Volume, drawn_on: tuple[Path, ...]) -> Volume:
+    paths = case.label_files
+    for path in paths:
+        if not path.exists():
+            raise ReadError(f"its mask ({path.name}) is missing", code="LABEL_MISSING")
+    by_name = READERS["dicom"].labels if spec.studies else reader_for(paths[0]).labels
     if by_name is not None:
-        return by_name(path, LabelRequest(image, wanted_labels(spec), drawn_on, spec.overlap))
-    stored = _first_channel(read_image(path))
+        return by_name(paths, LabelRequest(image, wanted_labels(spec), drawn_on, spec.overlap))
+    stored = _first_channel(read_image(paths[0]))
     mask = align_to(stored, image)
     if mask is None:
         raise GeometryError(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from medseg.batch.study_input import StudyInput
+from medseg.cases import study_id, study_key
 from medseg.errors import MedsegError
 from medseg.privacy import keyed_id
 from medseg.readers.dicom_damage import Lost
@@ -14,7 +15,6 @@ from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_select import choose_series, fitting
 from medseg.spec import Spec
-from medseg.studies import study_id
 
 
 def dicom_inputs(places: Sequence[Path], spec: Spec) -> list[StudyInput]:
@@ -42,12 +42,12 @@ def _lost_input(part: Lost) -> StudyInput:
 
 
 def chosen_input(name: str, spec: Spec, series: Sequence[SeriesFiles], order: Sequence[str]) -> StudyInput:
-    """Return the study `name` made of the series that the rules of `spec` choose, as channels called `order`.
+    """Return the study `name` made of the series (one at least) that the rules of `spec` choose.
 
-    `order` stands for the channels of the spec, in the order of the model. What cannot be chosen is refused later.
+    `order` names the channels of the spec in the order of the model. What cannot be chosen is refused later.
     """
     files = sorted({file for row in series for file in row.files})
-    origin = _common(files)
+    origin = Path(os.path.commonpath([file.absolute().parent for file in files]))
     try:
         chosen = choose_series(series, spec.rules)
     except MedsegError as error:
@@ -58,17 +58,23 @@ def chosen_input(name: str, spec: Spec, series: Sequence[SeriesFiles], order: Se
 
 
 def _series_inputs(series: Sequence[SeriesFiles]) -> list[StudyInput]:
-    images = [row for row in series if row.refusal is None or row.refusal.code != "LOCALIZER"]
+    """Return a study for each series; localizers only of studies that hold nothing else."""
+    shown = {study_key(row) for row in series if not _is_localizer(row)}
     return [
         StudyInput(keyed_id("case", *row.identity), (row.files[0].parent,), row, row.files[0].parent)
-        for row in images or series
+        for row in series
+        if not _is_localizer(row) or study_key(row) not in shown
     ]
+
+
+def _is_localizer(series: SeriesFiles) -> bool:
+    return series.refusal is not None and series.refusal.code == "LOCALIZER"
 
 
 def _ruled_inputs(series: Sequence[SeriesFiles], spec: Spec) -> list[StudyInput]:
     studies: dict[str, list[SeriesFiles]] = {}
     for row in series:
-        studies.setdefault(row.study_uid or str(row.files[0].parent.resolve()), []).append(row)
+        studies.setdefault(study_key(row), []).append(row)
     rows: list[StudyInput] = []
     for uid, members in studies.items():
         fits = fitting(members, next(iter(spec.rules.values()))) if len(spec.channels) == 1 else []
@@ -84,7 +90,3 @@ def _outermost(places: Iterable[Path]) -> list[Path]:
         if whole not in kept and not set(whole.parents) & set(kept):
             kept[whole] = place
     return list(kept.values())
-
-
-def _common(files: Sequence[Path]) -> Path:
-    return Path(os.path.commonpath([file.absolute().parent for file in files]))

@@ -9,10 +9,10 @@ from typing import Literal
 from medseg.batch.dicom_inputs import chosen_input, dicom_inputs
 from medseg.batch.names import refuse_same_names, told_apart
 from medseg.batch.study_input import StudyInput
-from medseg.errors import BatchError
+from medseg.errors import BatchError, MedsegError, ReadError
 from medseg.readers.dicom_scan import scan
 from medseg.readers.nifti import is_nifti, stem
-from medseg.spec import Case, Dataset, Spec, load_dataset
+from medseg.spec import Case, Spec, load_dataset
 
 Choice = Literal["test", "train", "all"]
 
@@ -98,15 +98,21 @@ def _dataset_inputs(path: Path, spec: Spec, choice: Choice | None, splits: Path 
         raise BatchError(f"{path}: the dataset has no {wanted} case; choose other --cases", code="EMPTY_INPUT")
     order = _channel_order(dataset.spec, spec, path)
     if dataset.spec.rules:
-        return [_chosen_case(dataset, case, order) for case in cases]
+        return [_chosen_case(dataset.spec, case, order) for case in cases]
     images = {c.id: tuple(c.images[n] for n in order) if len(c.images) > 1 else c.images for c in cases}
     return [StudyInput(case.id, images[case.id], None, case.images[0]) for case in cases]
 
 
-def _chosen_case(dataset: Dataset, case: Case, order: Sequence[int]) -> StudyInput:
-    names = list(dataset.spec.channels)
-    study = chosen_input(case.id, dataset.spec, scan(case.images).series, [names[n] for n in order])
-    return study
+def _chosen_case(spec: Spec, case: Case, order: Sequence[int]) -> StudyInput:
+    """Return a case whose channels the rules of its own dataset choose."""
+    names = list(spec.channels)
+    try:
+        series = scan(case.images).series
+        if not series:
+            raise ReadError("there is no DICOM series", code="NO_SERIES")
+    except MedsegError as error:
+        return StudyInput(case.id, case.images, None, case.images[0], refusal=error)
+    return chosen_input(case.id, spec, series, [names[n] for n in order])
 
 
 def _channel_order(found: Spec, wanted: Spec, path: Path) -> list[int]:

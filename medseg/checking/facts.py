@@ -179,14 +179,15 @@ def without_names(text: str, spec: Spec, case: Case) -> str:
     Below the dataset's root every part of a path may name the patient, except what the spec itself says.
     """
     text = text.removeprefix(f"case {case.id}: ")
-    paths = [*case.images, *([] if case.mask is None else [case.mask])]
+    paths = [*case.images, *case.label_files]
     for path in paths:
         text = text.replace(str(path), path.name)
     if any(case.id in path.as_posix() for path in paths):
         return text
     tokens = {*spec.channels, *(channel.file for channel in spec.channels.values())}
     said = tokens.union(PurePosixPath(spec.images).parts, PurePosixPath(spec.masks).parts)
-    depth = max(len(PurePosixPath(pattern).parts) for pattern in (spec.images, spec.masks))
+    # Of a study only the file's own name could be told; the readers of series tell none.
+    depth = max(1, *(len(PurePosixPath(pattern).parts) for pattern in (spec.images, spec.masks)))
     parts = {part for path in paths for part in path.parts[-depth:]} - said
     for word in sorted({w for part in parts for w in (part, part.split(".")[0]) if w}, key=len, reverse=True):
         text = text.replace(word, "…")

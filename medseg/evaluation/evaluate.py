@@ -12,13 +12,14 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg import config
+from medseg.cases import make_case
 from medseg.errors import ConfigError, GeometryError, ReadError, SpecError
 from medseg.evaluation.metrics import METRICS, Measurement, Pair, measure, measure_failed
 from medseg.evaluation.table import Evaluation, Row, Target, make_evaluation, write_evaluation
 from medseg.plots import colours_for
 from medseg.readers import read_image
 from medseg.readers.nifti import is_nifti, stem
-from medseg.spec import Case, Dataset, Spec, load_dataset, make_case, spec_digest
+from medseg.spec import Case, Dataset, Spec, load_dataset, spec_digest
 from medseg.studies import read_study
 from medseg.volume import Volume, align_to
 
@@ -59,7 +60,7 @@ class Reference:
         if self.spec is not None and case.images:
             mask = read_study(self.spec, case).mask
         else:
-            mask = None if case.mask is None else read_label_map(case.mask, case.id)
+            mask = None if not case.label_files else read_label_map(case.label_files[0], case.id)
         if mask is None:
             raise ReadError(f"case {case.id}: it has no reference mask", code="LABEL_MISSING")
         if self.spec is not None:

@@ -12,7 +12,7 @@ from medseg.batch.ledger import Entry, Ledger
 from medseg.exporters import EXPORTERS
 from medseg.files import write_json, write_text
 from medseg.pacs.archive import RemoteStudy
-from medseg.studies import study_id
+from medseg.cases import study_id
 
 
 def remember(out: Path, study: RemoteStudy, entries: Sequence[Entry]) -> None:

@@ -112,11 +112,12 @@ def prepare_cases(
 
 def source_digest(case: Case) -> str:
     """Return the SHA-256 of the bytes of all files of a case (file names and places do not count)."""
-    files: list[str] = []
-    for path in (*case.images, *([case.mask] if case.mask else [])):
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files.append(digest(sorted(file_digest(p) for p in inside)))
-    return digest(files)
+    files: dict[Path, str] = {}
+    for path in (*case.images, *case.label_files):
+        if path not in files:  # images and labels may share a folder
+            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files[path] = digest(sorted(file_digest(p) for p in inside))
+    return digest([files[path] for path in (*case.images, *case.label_files)])
 
 
 def class_locations(spec: Spec, mask: NDArray[Any]) -> NDArray[np.int32]:

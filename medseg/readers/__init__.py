@@ -41,10 +41,10 @@ def _read_dicom(path: Path, suv: bool | None = False) -> Volume:
     return read_series(path, suv=suv)
 
 
-def _read_dicom_labels(path: Path, request: LabelRequest) -> Volume:
+def _read_dicom_labels(paths: tuple[Path, ...], request: LabelRequest) -> Volume:
     from medseg.readers.dicom_labels import read_dicom_labels
 
-    return read_dicom_labels(path, request)
+    return read_dicom_labels(paths, request)
 
 
 def _is_dicom(path: Path) -> bool:

@@ -29,6 +29,7 @@ PICTURES = (
 MODALITIES = ("CT", "MR", "PT")
 LABELMAP_STORAGE = uid.UID("1.2.840.10008.5.1.4.1.1.66.7")
 """Label Map Segmentation Storage (2024), which pydicom 3.0 does not know by name."""
+LABEL_STORAGE = (uid.SegmentationStorage, LABELMAP_STORAGE, uid.RTStructureSetStorage)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ believed. Files often name images that were later copied, cropped or anonymised 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pydicom
@@ -37,36 +37,39 @@ Structure = tuple[int, int]
 """Number of the object, number of the segment or ROI in it."""
 
 
-def read_dicom_labels(path: Path, request: LabelRequest) -> Volume:
+def read_dicom_labels(paths: Path | tuple[Path, ...], request: LabelRequest) -> Volume:
     """Read the labels of a request from DICOM SEG or RTSTRUCT.
+
+    Objects in another frame of reference than the image, which name none of its slices, are left out where others are
+    there; and of structures of one name in several objects those that name slices of the image are taken.
 
     Parameters
     ----------
-    path : a file, or a folder searched to the bottom; images beside the objects are passed over.
+    paths : files, or folders searched to the bottom; images beside the objects are passed over.
 
     Returns
     -------
     Volume
         array (1, I, J, K) uint8 (int32 for values above 255) on the grid of `request.image`, 0 where no label is.
         notes: CONTOURS_CROSS, CONTOUR_CLIPPED, CONTOUR_GAPS, CONTOUR_NEAREST_SLICE, CONTOUR_REPEATED,
-        FRACTIONAL_THRESHOLDED, FRAME_OF_REFERENCE_DIFFERS, MATCHED_BY_POSITION, OVERLAP_RESOLVED, SEGMENT_ABSENT,
-        SEGMENT_EMPTY.
+        FRACTIONAL_THRESHOLDED, FRAME_OF_REFERENCE_DIFFERS, LABELS_SET_ASIDE, MATCHED_BY_POSITION,
+        OVERLAP_RESOLVED, SEGMENT_ABSENT, SEGMENT_EMPTY.
 
     Raises
     ------
     ReadError, GeometryError, SpecError : with a code of LABEL_REFUSALS; NOT_FOUND when the path does not exist.
     """
     with quiet():
-        objects = _open_all(path)
-        chosen = match(request.wanted, [found.names for found in objects])
-        used = {number for structures in chosen.values() for number, _ in structures}
         frames, instances = _identity(request.image_paths)
-        notes: set[str] = set()
-        doubted = set()
-        for number in used:
-            said, doubt = _belongs(objects[number], frames, instances)
-            notes |= said
-            doubted |= {number} if doubt else set()
+        opened = [(found, *_belongs(found, frames, instances)) for found in _open_all(paths)]
+        near = [row for row in opened if not row[2]] or opened
+        objects = [found for found, _, _ in near]
+        named = {number for number, found in enumerate(objects) if found.references & instances}
+        chosen, passed = match(request.wanted, [found.names for found in objects], named=named)
+        used = {number for structures in chosen.values() for number, _ in structures}
+        notes = {note for number in used for note in near[number][1]}
+        notes |= {"LABELS_SET_ASIDE"} if passed or len(near) < len(opened) else set()
+        doubted = {number for number in used if near[number][2]}
         painter = Painter(request)
         for label in painter.order:
             voxels = 0
@@ -84,9 +87,21 @@ def read_dicom_labels(path: Path, request: LabelRequest) -> Volume:
     return Volume(array[None], request.image.affine, unit=request.image.unit, notes=tuple(sorted(notes | said)))
 
 
-def _open_all(path: Path) -> list[LabelObject]:
+def label_identity(path: Path) -> tuple[str, frozenset[str]]:
+    """Return the frame of reference of a label object, "" if it names none, and the instances it was drawn on.
+
+    Raises
+    ------
+    ReadError : UNREADABLE, UNSUPPORTED_CLASS.
+    """
+    with quiet():
+        (found, *_) = _open_all(path)
+    return found.frame, found.references
+
+
+def _open_all(paths: Path | tuple[Path, ...]) -> list[LabelObject]:
     objects, others = [], set()
-    for file in files_below(path):
+    for file in files_below(paths):
         try:
             header = read_header(file)
             if header is None:
@@ -99,30 +114,37 @@ def _open_all(path: Path) -> list[LabelObject]:
             raise refuse_labels("UNREADABLE", f"a DICOM file is damaged ({type(error).__name__})") from error
     if not objects:
         found = f"only {', '.join(sorted(others))}" if others else "no DICOM object"
-        raise refuse_labels("UNSUPPORTED_CLASS" if others and path.is_file() else "NO_LABELS", f"{found} was found")
+        named = all(path.is_file() for path in ([paths] if isinstance(paths, Path) else paths))
+        raise refuse_labels("UNSUPPORTED_CLASS" if others and named else "NO_LABELS", f"{found} was found")
     return objects
 
 
-def match(wanted: Sequence[Wanted], names: Sequence[dict[int, str]]) -> dict[str, list[Structure]]:
+def match(
+    wanted: Sequence[Wanted], names: Sequence[dict[int, str]], *, named: Collection[int] = ()
+) -> tuple[dict[str, list[Structure]], bool]:
     """Find the structures of each label by name.
 
     Parameters
     ----------
     names : for each object, number of each structure -> its name.
+    named : the objects that name slices of the image: of structures of one name, theirs are taken.
 
     Returns
     -------
-    dict
-        Label name -> its structures, several where the expression fits several; empty for an absent optional label.
+    tuple
+        Label name -> its structures, several where the expression fits several, empty for an absent optional label;
+        and whether structures of objects that are not `named` were passed over.
 
     Raises
     ------
     SpecError : SEGMENT_MISSING, nothing fits (the message lists the names that exist); SEGMENT_AMBIGUOUS, a structure
         fits two labels, or two objects hold a structure of the same name (two readers' opinions, two versions).
     """
-    there = {(at, number): name for at, group in enumerate(names) for number, name in group.items()}
+    found = {(at, number): name for at, group in enumerate(names) for number, name in group.items()}
+    preferred = {name for (at, _), name in found.items() if at in named}
+    there = {key: name for key, name in found.items() if key[0] in named or name not in preferred}
     if len(there) == len(wanted) == 1 and wanted[0].expression is None:
-        return {wanted[0].name: list(there)}
+        return {wanted[0].name: list(there)}, len(there) < len(found)
     chosen: dict[str, list[Structure]] = {}
     taken: dict[Structure, str] = {}
     for label in wanted:
@@ -140,17 +162,16 @@ def match(wanted: Sequence[Wanted], names: Sequence[dict[int, str]]) -> dict[str
             text = f"several files hold a structure that is called as the label {label.name!r} asks"
             raise refuse_labels("SEGMENT_AMBIGUOUS", text)
         chosen[label.name] = fits
-    return chosen
+    return chosen, len(there) < len(found)
 
 
 def _identity(paths: Sequence[Path]) -> tuple[set[str], set[str]]:
     """Return the frames of reference and the SOP instances of an image; empty where it is not DICOM."""
     frames, instances = set(), set()
-    for path in paths:
-        for series in scan(path).series:
-            if series.refusal is None:
-                frames |= {header.frame_of_reference for header in series.headers} - {""}
-                instances |= {header.sop_uid for header in series.headers}
+    for series in scan(paths).series:
+        if series.refusal is None or series.refusal.code != "LOCALIZER":
+            frames |= {header.frame_of_reference for header in series.headers} - {""}
+            instances |= {header.sop_uid for header in series.headers}
     return frames, instances
 
 

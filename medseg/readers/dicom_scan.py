@@ -13,7 +13,7 @@ from pathlib import Path
 from medseg.readers.dicom_damage import Damage, Lost, judge
 from medseg.readers.dicom_files import walk
 from medseg.readers.dicom_header import Header, may_be_slice
-from medseg.readers.dicom_index import SeriesFiles, is_image, series_of
+from medseg.readers.dicom_index import LABEL_STORAGE, SeriesFiles, is_image, series_of
 from medseg.readers.dicom_workers import read_all
 
 
@@ -29,6 +29,7 @@ class Found:
     damaged : DICOM files that cannot be parsed; series to which they may belong are refused.
     lost : damaged files that belong to no series found, and folders that may not be listed.
     skipped : kind of what is not looked into (linked folders, pipes and devices) -> how many.
+    labels : headers of the SEG and RTSTRUCT objects among the ignored.
     """
 
     series: tuple[SeriesFiles, ...]
@@ -37,6 +38,7 @@ class Found:
     damaged: tuple[Path, ...] = field(repr=False)
     lost: tuple[Lost, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
+    labels: tuple[Header, ...] = field(default=(), repr=False)
 
     def describe(self) -> str:
         """Return one line for a message, without names or identifiers."""
@@ -90,6 +92,7 @@ def scan(paths: Path | Iterable[Path]) -> Found:
         else:
             groups.setdefault(outcome.series_uid, []).append(outcome)
     ignored: Counter[str] = Counter()
+    labels: list[Header] = []
     series: list[SeriesFiles] = []
     for uid, headers in groups.items():
         images = [header for header in headers if is_image(header)]
@@ -99,6 +102,7 @@ def scan(paths: Path | Iterable[Path]) -> Found:
             damages += [Damage(header.path, uid) for header in others]
         else:
             ignored.update(header.class_name for header in others)
+            labels += [header for header in others if header.sop_class in LABEL_STORAGE]
     judged, lost = judge(series, damages, locked)
     damaged = tuple(damage.path for damage in damages)
-    return Found(judged, dict(ignored), not_dicom, damaged, lost, dict(tree.skipped))
+    return Found(judged, dict(ignored), not_dicom, damaged, lost, dict(tree.skipped), tuple(labels))

@@ -11,7 +11,7 @@ from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.series_rules import WORDS, SeriesRule
 
 NO_VOLUME = ("COLOUR", "LOCALIZER", "SINGLE_SLICE", "UNSUPPORTED_CLASS")
-"""Refusals of what is no volume at all and competes with none: planning images, screen captures, single pictures."""
+"""Refusals of what is no volume and competes with none; nor do single slices and colour pictures, which can be read."""
 
 
 def choose_series(series: Sequence[SeriesFiles], rules: Mapping[str, SeriesRule]) -> dict[str, SeriesFiles]:
@@ -53,7 +53,7 @@ def _one(name: str, rule: SeriesRule, series: Sequence[SeriesFiles]) -> SeriesFi
             code="CHANNEL_AMBIGUOUS",
         )
     others = [part for part in series if _no_volume(part) and _fits(rule, part)]
-    aside = f"; {len(others)} fit and are no volumes ({_codes(others)})" if others else ""
+    aside = f"; {len(others)} fit and are no volumes ({'; '.join(map(describe, others))})" if others else ""
     raise ReadError(
         f"none of the {len(series)} series fits the rule of channel {name!r} ({rule}){aside}; "
         "correct the rule, or add the series",
@@ -62,11 +62,15 @@ def _one(name: str, rule: SeriesRule, series: Sequence[SeriesFiles]) -> SeriesFi
 
 
 def _no_volume(part: SeriesFiles) -> bool:
-    return part.refusal is not None and part.refusal.code in NO_VOLUME
+    """Tell localizers, colour pictures, screen captures and single slices from what may be a channel."""
+    if part.refusal is not None and part.refusal.code in NO_VOLUME:
+        return True
+    return part.headers[0].samples != 1 or _slices(part) == 1
 
 
-def _codes(parts: Sequence[SeriesFiles]) -> str:
-    return ", ".join(sorted({part.refusal.code for part in parts if part.refusal is not None}))
+def _slices(part: SeriesFiles) -> int:
+    once = {header.key: header for header in part.headers}.values()
+    return sum(header.frames if header.frame is None else 1 for header in once)
 
 
 def _fits(rule: SeriesRule, part: SeriesFiles) -> bool:
@@ -79,10 +83,9 @@ def describe(part: SeriesFiles) -> str:
     """Return the size of a series in words, and why it would be refused."""
     first = part.headers[0]
     once = list({header.key: header for header in part.headers}.values())
-    slices = sum(header.frames if header.frame is None else 1 for header in once)
     gap = _gap(once)
     spacing = "×".join(f"{value:.4g}" for value in (*reversed(first.spacing or ()), *gap)) or "unknown"
-    text = f"{first.columns}×{first.rows}×{slices} at {spacing} mm"
+    text = f"{first.columns}×{first.rows}×{_slices(part)} at {spacing} mm"
     return f"{text}, refused ({part.refusal.code})" if part.refusal is not None else text
 
 

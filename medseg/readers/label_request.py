@@ -53,5 +53,5 @@ class LabelRequest:
     overlap: Overlap = "refuse"
 
 
-LabelReader = Callable[[Path, LabelRequest], Volume]
-"""(file or folder, request) -> (1, I, J, K) label values on the grid of the request's image."""
+LabelReader = Callable[[tuple[Path, ...], LabelRequest], Volume]
+"""(files or folders, request) -> (1, I, J, K) label values on the grid of the request's image."""

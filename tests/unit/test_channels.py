@@ -120,7 +120,17 @@ def test_what_is_no_volume_does_not_compete(study: Path, spec: Spec, two_sequenc
     only = two_sequences.channels | {"t1": {"modality": "MR", "match": {"SeriesDescription": "SCOUT"}}}
     error = refused(spec.model_validate({**spec.model_dump(), "channels": only}), study)
     assert error.code == "CHANNEL_MISSING"
-    assert "1 fit and are no volumes (LOCALIZER)" in str(error)
+    assert "1 fit and are no volumes (20×22×3 at 1.5×1.5×12 mm, refused (LOCALIZER))" in str(error)
+
+
+def test_single_slices_do_not_compete(study: Path, spec: Spec) -> None:
+    """A key image is often derived from the very series that it resembles in every attribute."""
+    for file in sorted((study / "S4").iterdir())[1:]:
+        file.unlink()
+    edit(study / "S4", ImageType=["ORIGINAL", "PRIMARY"])
+    assert choose_channels(spec, (study,))["t1"].files[0].parent.name == "S1"
+    shutil.rmtree(study / "S1")
+    assert refused(spec, study).code == "CHANNEL_MISSING"
 
 
 def test_one_series_is_never_two_channels(study: Path, spec: Spec) -> None:

@@ -22,15 +22,16 @@ def blocks(page: str) -> list[str]:
 
 
 def test_the_examples_are_valid(page: str) -> None:
-    smallest, every_key, splits = blocks(page)
+    smallest, every_key, studies, splits = blocks(page)
     config.parse(Spec, smallest, name="smallest")
     config.parse(Spec, every_key, name="every key")
+    assert config.parse(Spec, studies, name="studies").studies
     assert config.parse(Splits, splits, name="splits").train
 
 
 def test_the_second_example_holds_every_key(page: str) -> None:
     spec = config.parse(Spec, blocks(page)[1], name="every key")
-    assert set(Spec.model_fields) == spec.model_fields_set
+    assert set(Spec.model_fields) == spec.model_fields_set | {"studies"}, "which excludes images, in the third example"
     assert spec.channels["T2"].model_fields_set == set(Channel.model_fields)
     assert spec.labels["liver"].model_fields_set == set(Label.model_fields)
     assert spec.labels["liver"].snomed is not None
