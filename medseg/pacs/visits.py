@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medseg.batch.ledger import Entry, Ledger
+from medseg.cases import study_id
 from medseg.exporters import EXPORTERS
 from medseg.files import write_json, write_text
 from medseg.pacs.archive import RemoteStudy
-from medseg.cases import study_id
 
 
 def remember(out: Path, study: RemoteStudy, entries: Sequence[Entry]) -> None:
