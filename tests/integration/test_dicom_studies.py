@@ -264,7 +264,7 @@ def test_mr_and_pet_of_the_sarcoma_collection(data: Path, repository: Path, monk
         else:
             study = read_study(dataset.spec, case)
     assert codes == ["CHANNEL_MISSING"] * 16
-    assert study.image.notes == ("CHANNEL_RESAMPLED", "DERIVED")
+    assert study.image.notes == ("CHANNEL_RESAMPLED", "DERIVED", "SUV_BW")
     assert study.image.shape == (180, 191, 52)
     assert study.mask is not None
     published = align_to(read_nifti(data / "sarcoma/nifti_masks/STS_044/MR_T1_mask.nii.gz"), study.image)
