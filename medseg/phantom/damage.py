@@ -176,7 +176,7 @@ def second_time(**tags: Any) -> Damage:
         for number, path in enumerate(paths):
             target = path.with_name(f"second{number}")
             shutil.copy(path, target)
-            edit(target, both(renew, brighter, put(**tags)))
+            edit(target, both(renew, brighter, put(InstanceNumber=len(paths) + number + 1, **tags)))
             edit(path, put(**dict.fromkeys(tags, 1)))
 
     return damage
