@@ -12,6 +12,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from medseg.volume import Volume
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SECONDS = 120
+HEALTHY = "shuffled names"
 MEMORY = 12 * 2**30
 Found = list[Volume]
 
@@ -64,7 +66,7 @@ def simpleitk(folder: Path) -> Found:
     found = []
     for name in names:
         files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name)
-        image = SimpleITK.ReadImage(files)
+        image = SimpleITK.ReadImage(files if len(files) > 1 else files[0])
         affine = np.eye(4)
         affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
         affine[:3, 3] = image.GetOrigin()
@@ -76,7 +78,7 @@ def monai(folder: Path) -> Found:
     from monai.data import PydicomReader
 
     reader = PydicomReader()
-    data, meta = reader.get_data(reader.read(str(folder)))
+    data, meta = reader.get_data(reader.read(str(_single(folder) or folder)))
     return [_volume(np.asarray(data), np.asarray(meta["affine"], np.float64))]
 
 
@@ -84,10 +86,10 @@ def highdicom(folder: Path) -> Found:
     import highdicom as hd
     import pydicom
 
-    files = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
-    if len(files) == 1:
-        volume = hd.imread(files[0]).get_volume()
+    if single := _single(folder):
+        volume = hd.imread(single).get_volume()
     else:
+        files = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
         volume = hd.get_volume_from_series([pydicom.dcmread(path, force=True) for path in files])
     # its axes are slices, rows, columns
     return [_volume(volume.array.transpose(2, 1, 0), LPS @ np.asarray(volume.affine)[:, [2, 1, 0, 3]])]
@@ -116,6 +118,11 @@ def dicom2nifti(folder: Path) -> Found:
         if not files:
             raise ValueError("no file written")
         return [volume for file in files for volume in _nifti(file)]
+
+
+def _single(folder: Path) -> Path | None:
+    files = list(folder.iterdir())
+    return files[0] if len(files) == 1 else None
 
 
 def _program(name: str) -> str:
@@ -165,8 +172,22 @@ def attempt(reader: Callable[[Path], Found], hazard: Hazard, folder: Path, answe
     answer.write_text(json.dumps(["read", verdict(hazard, found)]))
 
 
-def judge(peer: str, name: str, folder: Path) -> tuple[str, str]:
-    """Return one word of WORDS and the details."""
+def judge(peer: str, name: str, folder: Path, usual: frozenset[str]) -> tuple[str, str]:
+    """Return one word of WORDS and the details; `usual` are the warnings that a healthy series brings too."""
+    kind, details, said = answer_of(peer, name, folder)
+    hazard = HAZARDS[name]
+    if kind in ("crash", "refused"):
+        return kind, details
+    right = hazard.outcome in ("read", "split")
+    if details == "exact":
+        return ("ok" if right else "luck"), ""
+    if not details.startswith("wrong"):
+        return "ok", details
+    return ("warned" if warnings_in(said) - usual else "WRONG"), details
+
+
+def answer_of(peer: str, name: str, folder: Path) -> tuple[str, str, str]:
+    """Return "read", "refused" or "crash", the verdict or the error, and what was said."""
     reader, hazard = PEERS[peer][0], HAZARDS[name]
     answer = folder.with_name(f"{folder.name}.{peer}.json")
     process = multiprocessing.get_context("fork").Process(target=attempt, args=(reader, hazard, folder, answer))
@@ -174,30 +195,24 @@ def judge(peer: str, name: str, folder: Path) -> tuple[str, str]:
     process.join(SECONDS + 30)
     if process.is_alive():
         process.kill()
-        return "crash", "does not end"
+        return "crash", "does not end", ""
     if not answer.exists():
-        return "crash", f"process ended with {process.exitcode}"
+        return "crash", f"process ended with {process.exitcode}", ""
     kind, details = json.loads(answer.read_text())
-    said = answer.with_suffix(".said").read_text(errors="replace").strip()
-    if kind == "refused":
-        return "refused", details
-    right = hazard.outcome in ("read", "split")
-    if details == "exact":
-        return ("ok" if right else "luck"), ""
-    if not details.startswith("wrong"):
-        return "ok", details
-    return ("warned" if warned(said) else "WRONG"), details
+    return kind, details, answer.with_suffix(".said").read_text(errors="replace")
 
 
-def warned(said: str) -> bool:
-    return any(word in said.lower() for word in ("warn", "error", "mixed_", "missing", "irregular"))
+def warnings_in(said: str) -> frozenset[str]:
+    """Return the lines that warn, without their numbers and paths."""
+    lines = (re.sub(r"\S*/\S*|[\d.-]+", "#", line) for line in said.splitlines())
+    return frozenset(line for line in lines if re.search("warn|error", line, re.IGNORECASE))
 
 
 WORDS = {
     "ok": "exact: every voxel, every corner within 0.01 mm, each part of a series that holds several",
     "refused": "an error, or an exit status that is not 0",
     "luck": "exact, though the files do not say so reliably and the reader remarks nothing",
-    "warned": "a wrong result with a warning on the terminal",
+    "warned": "a wrong result, and a warning on the terminal that a healthy series does not bring",
     "WRONG": "a wrong result and not a word",
     "crash": "the process died, or did not end",
 }
@@ -206,11 +221,14 @@ WORDS = {
 def run(peers: list[str], cases: list[str]) -> dict[str, dict[str, tuple[str, str]]]:
     table: dict[str, dict[str, tuple[str, str]]] = {}
     with tempfile.TemporaryDirectory() as work:
+        healthy = Path(work) / "healthy"
+        HAZARDS[HEALTHY].write(healthy)
+        usual = {peer: warnings_in(answer_of(peer, HEALTHY, healthy)[2]) for peer in peers}
         for name in cases:
             folder = Path(work) / f"case{len(table)}"
             folder.mkdir()
             HAZARDS[name].write(folder)
-            table[name] = {peer: judge(peer, name, folder) for peer in peers}
+            table[name] = {peer: judge(peer, name, folder, usual[peer]) for peer in peers}
             print(name, {peer: word for peer, (word, _) in table[name].items()}, file=sys.stderr)
     return table
 

@@ -59,11 +59,11 @@ def phantom(affine: Affine = AXIAL, *, lowest: int = -300, seed: int = 0) -> Vol
     return Volume(values.reshape((1, *SHAPE)).astype(np.float32), affine)
 
 
-def _with_slope_per_slice() -> Volume:
+def _with_slope_per_slice(first: float = 0.763) -> Volume:
     """Return a PET: whole multiples of another slope in each slice, the largest of each being 32767 of them."""
     stored = phantom(lowest=0).array.astype(np.float64) % 5000
     stored[0, 0, 0] = 32767
-    return Volume((stored * SLOPES).astype(np.float32), AXIAL)
+    return Volume((stored * (first, *SLOPES[1:])).astype(np.float32), AXIAL)
 
 
 SLOPES = tuple(float(slope) for slope in np.round(0.763 + 0.211 * np.arange(SHAPE[2]), 3))
@@ -239,6 +239,17 @@ READ: dict[str, Hazard] = {
     ),
     "PET, slope per slice": _read(
         lambda paths: None, truth=lambda: (_with_slope_per_slice(),), start=_with_slope_per_slice, modality="PT"
+    ),
+    "PET, slope 1 on the first slice": _read(
+        lambda paths: None,
+        truth=lambda: (_with_slope_per_slice(1.0),),
+        start=partial(_with_slope_per_slice, 1.0),
+        modality="PT",
+    ),
+    "one slice": _read(
+        d.removed(*range(1, SHAPE[2])),
+        "SINGLE_SLICE",
+        truth=lambda: (Volume(phantom().array[..., :1], AXIAL),),
     ),
     "MR without rescale": _read(
         lambda paths: None,

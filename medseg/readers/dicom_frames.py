@@ -21,7 +21,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.tag import Tag
 from pydicom.uid import UID
 
-from medseg.readers.dicom_inflate import check_inflated
+from medseg.readers.dicom_budget import check_budget
 from medseg.readers.dicom_refusals import refuse
 
 MULTIFRAME = (
@@ -170,7 +170,7 @@ def frame_datasets(path: Path, frames: Sequence[int], *, size: int, count: int) 
     EOFError : the file ends inside its pixels or has not enough of them; ReadError: LENGTH_MISMATCH, it has more
         than it declares; PARSE_ERRORS.
     """
-    check_inflated(path, size * count)
+    check_budget(path, size * count)
     with open(path, "rb") as handle:
         dataset = pydicom.dcmread(handle, stop_before_pixels=True, force=True)
         syntax = UID(dataset.file_meta.get("TransferSyntaxUID", "") or uid.ImplicitVRLittleEndian)

@@ -22,8 +22,8 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.uid import UID
 
 from medseg.errors import ReadError
+from medseg.readers.dicom_budget import open_dataset
 from medseg.readers.dicom_frames import DIMENSIONS, GROUPS, classic_frames, may_have_frames
-from medseg.readers.dicom_inflate import check_inflated
 from medseg.readers.dicom_mosaic import mosaic_of
 from medseg.readers.dicom_tags import CHUNKS, read_tags, wanted_tags
 from medseg.readers.series_rules import WORDS
@@ -142,8 +142,6 @@ class Header:
         return known_class(self.sop_class) or "private"
 
 
-MOST_INFLATED = 2**30
-"""Larger deflated files (whole multi-frame objects) are not read."""
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 APPLE_DOUBLE = b"\x00\x05\x16\x07"
 """Begins the file ``._NAME`` that macOS writes beside each NAME on foreign disks."""
@@ -202,10 +200,9 @@ def read_header(path: Path) -> Header | None:
     dataset: Any = None if tags is None or may_have_frames(str(tags.get("SOPClassUID"))) else tags
     if dataset is None:
         try:
-            check_inflated(path, MOST_INFLATED)
+            dataset = open_dataset(path, stop_before_pixels=True, specific_tags=TAGS)
         except ReadError as error:
-            raise MemoryError("it inflates to more than any image needs") from error
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+            raise MemoryError("it needs more memory than any image") from error
     sop_class = _class_of(dataset)
     belongs = bool(dataset.get("SeriesInstanceUID")) and bool(sop_class)
     if marked and not belongs and "Image Storage" in (known_class(sop_class) or "Image Storage"):

@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import pydicom
 from pydicom import uid
 from pydicom.dataset import Dataset
 
 from medseg.errors import GeometryError
+from medseg.readers.dicom_budget import open_dataset
 from medseg.readers.dicom_files import files_below
 from medseg.readers.dicom_header import PARSE_ERRORS, known_class, quiet, read_header
 from medseg.readers.dicom_index import LABELMAP_STORAGE
@@ -109,7 +109,7 @@ def _open_all(paths: Path | tuple[Path, ...]) -> list[LabelObject]:
             if header.sop_class not in OPENERS:
                 others.add(known_class(header.sop_class) or "a private class")
                 continue
-            objects.append(OPENERS[header.sop_class](pydicom.dcmread(file, force=True)))
+            objects.append(OPENERS[header.sop_class](open_dataset(file)))
         except PARSE_ERRORS as error:
             raise refuse_labels("UNREADABLE", f"a DICOM file is damaged ({type(error).__name__})") from error
     if not objects:

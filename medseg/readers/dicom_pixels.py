@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
@@ -24,11 +23,11 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from medseg.readers.dicom_budget import open_dataset
 from medseg.readers.dicom_codecs import Layout, decode, decode_rle, own_bits
 from medseg.readers.dicom_colour import rgb_values
 from medseg.readers.dicom_frames import frame_datasets
 from medseg.readers.dicom_header import PARSE_ERRORS, Header
-from medseg.readers.dicom_inflate import check_inflated
 from medseg.readers.dicom_refusals import refuse
 
 BARE_SYNTAX: dict[tuple[bool | None, bool | None], UID] = {
@@ -114,8 +113,7 @@ def _tile(picture: Pixels, tile: Header) -> Pixels:
 
 def _whole(path: Path, header: Header) -> Iterator[Dataset]:
     """Yield the one data set of a single-frame file."""
-    check_inflated(path, header.rows * header.columns * header.samples * header.bits // 8)
-    yield pydicom.dcmread(path, force=True)
+    yield open_dataset(path, pixel_bytes=header.rows * header.columns * header.samples * header.bits // 8)
 
 
 def _frames_of(headers: Sequence[Header]) -> Iterator[Dataset]:

@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
 from medseg.errors import MedsegError
+from medseg.readers.dicom_budget import open_dataset
 from medseg.readers.dicom_header import PARSE_ERRORS, Header, quiet
 from medseg.readers.dicom_refusals import refuse
 from medseg.readers.dicom_times import Moment, moment_of, same_day, stamp_of
@@ -132,7 +133,7 @@ def suv_factors(headers: Sequence[Header]) -> list[float]:
 
 def _read(header: Header) -> Slice:
     try:
-        dataset = pydicom.dcmread(header.path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+        dataset = open_dataset(header.path, stop_before_pixels=True, specific_tags=TAGS)
     except PARSE_ERRORS as error:
         raise refuse("UNREADABLE", f"the header of instance {header.instance} is damaged") from error
     return Slice(dataset, f"instance {header.instance}")

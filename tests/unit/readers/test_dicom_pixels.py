@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 
 from medseg.errors import ReadError
 from medseg.phantom.dicom import write_series
-from medseg.readers.dicom_inflate import HEADER_BYTES, check_inflated
+from medseg.readers.dicom_budget import HEADER_BYTES, check_budget
 from medseg.readers.dicom_series import read_series
 from medseg.volume import Volume
 
@@ -294,7 +294,7 @@ def test_a_deflated_bomb_is_refused_before_it_is_unpacked(make: Callable[..., Pa
     deflated(bomb, HEADER_BYTES + 2**20)
     assert bomb.stat().st_size < 200_000
     with pytest.raises(ReadError) as caught:
-        check_inflated(bomb, 30)
+        check_budget(bomb, 30)
     assert caught.value.code == "OVERSIZED"
     assert refusal(folder) in ("OVERSIZED", "UNREADABLE")
 
@@ -304,7 +304,7 @@ def test_only_deflated_files_are_measured(make: Callable[..., Path]) -> None:
     folder = make(RAMP, "<u2", lambda dataset: setattr(dataset, "DerivationDescription", "1.2.840.10008.1.2.1.99"))
     np.testing.assert_array_equal(plane(folder), RAMP)
     for file in folder.iterdir():
-        check_inflated(file, 0)
+        check_budget(file, 0)
 
 
 def test_a_deflated_file_cut_short(make: Callable[..., Path]) -> None:
