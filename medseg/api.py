@@ -17,6 +17,8 @@ from medseg.duration import seconds
 from medseg.errors import ConfigError
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from medseg.batch.run import BatchResult
     from medseg.checking.run import CheckResult
     from medseg.evaluation.table import Evaluation
@@ -254,6 +256,27 @@ def retrain(config: PathLike, *, dry_run: bool = False, display: Display | None 
     from medseg.retraining.tick import retrain as run
 
     return run(Path(config), dry_run=dry_run, display=display)
+
+
+def listen(config: PathLike, *, stop: Event | None = None) -> None:
+    """Receive studies by C-STORE, segment them and send the results, until `stop` is set; see medseg.pacs.listen.
+
+    Raises
+    ------
+    ConfigError, BatchError, BundleError, ExportError : the configuration, the model or the port cannot be used; another
+        receiver has the inbox; a folder cannot be written.
+    """
+    from threading import Event
+
+    from medseg.inference.predict import load_model
+    from medseg.pacs import need
+    from medseg.pacs.listen import listen as run
+    from medseg.pacs.settings import load_settings
+
+    settings = load_settings(Path(config))
+    need("pynetdicom")
+    model = load_model(local_model(settings.model, track=settings.track))
+    run(settings, model, stop or Event())
 
 
 def local_model(model: PathLike, *, track: PathLike) -> Path:

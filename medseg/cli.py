@@ -285,6 +285,26 @@ def retrain(
     raise typer.Exit(result.exit_code)
 
 
+@app.command()
+def listen(config: Annotated[Path, typer.Argument(help="YAML, see pipelines/listen.example.yaml.")]) -> None:
+    """Receive studies by DICOM C-STORE, segment each when it is quiet, send the results; SIGTERM ends it in order.
+
+    Example: medseg listen listen.yaml
+    """
+    import logging
+    import signal
+    from threading import Event
+
+    from medseg import api
+
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stdout, level=logging.WARNING)
+    logging.getLogger("medseg").setLevel(logging.INFO)
+    api.listen(config, stop=stop)
+
+
 app.add_typer(models, name="models")
 
 

@@ -38,7 +38,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | N
         if mode is not None:
             temporary.chmod(mode)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise ExportError(
             f"{path.name}: cannot be written ({error.strerror or error}); nothing was left under this name. "
@@ -93,7 +93,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut (POSIX; other systems do not allow it)."""
     if os.name != "posix":
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from medseg.batch.ledger import Entry, Ledger
@@ -17,7 +17,8 @@ from medseg.pacs.archive import RemoteStudy
 
 def remember(out: Path, study: RemoteStudy, entries: Sequence[Entry]) -> None:
     """Keep which instances the entries were made from, and which UIDs the ids stand for (for the user only)."""
-    _keep_linkage(out, study)
+    rows = dict.fromkeys((study.id, study_id(study.uid)), (study.uid, ""))
+    keep_linkage(out, rows | {series.case: (study.uid, series.uid) for series in study.series})
     write_json(_record(out, study), {"content": study.content, "entries": [entry.id for entry in entries]})
     (out / "ledger" / f"{study.id}.json").unlink(missing_ok=True)  # why it could not be done before
 
@@ -51,18 +52,18 @@ def _record(out: Path, study: RemoteStudy) -> Path:
     return out / "journal" / f"{study.id}.json"
 
 
-def _keep_linkage(out: Path, study: RemoteStudy) -> None:
-    """Write id -> UIDs for the user only, for whoever must find the study of an id in the archive."""
+def keep_linkage(out: Path, rows: Mapping[str, tuple[str, str]]) -> None:
+    """Write id -> UIDs of study and series for the user only, for whoever must find an id in the archive."""
     file = out / "private" / "archive.csv"
     known: dict[str, tuple[str, str]] = {}
     if file.exists():
         with open(file, encoding="utf-8", newline="") as before:
             known = {row["id"]: (row["study"], row["series"]) for row in csv.DictReader(before)}
-    known |= dict.fromkeys((study.id, study_id(study.uid)), (study.uid, ""))
-    known |= {series.case: (study.uid, series.uid) for series in study.series}
+    if rows.items() <= known.items():
+        return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "study", "series"])
-    writer.writerows((case, *uids) for case, uids in sorted(known.items()))
+    writer.writerows((case, *uids) for case, uids in sorted({**known, **rows}.items()))
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_text(file, text.getvalue(), mode=0o600)

@@ -40,6 +40,7 @@ class Identity:
     sop_class: str
     modality: str
     manufacturer: str = field(repr=False)
+    syntax: str
 
     @property
     def is_image(self) -> bool:
@@ -66,13 +67,14 @@ def identify(source: Path | BinaryIO) -> Identity:
         with quiet():
             dataset = pydicom.dcmread(source, stop_before_pixels=True, specific_tags=_TAGS)
             words = [str(dataset.get(keyword) or "").strip() for keyword in _UIDS]
+            syntax = str(dataset.file_meta.get("TransferSyntaxUID") or "")
             modality, maker = str(dataset.get("Modality") or ""), str(dataset.get("Manufacturer") or "")
     except PARSE_ERRORS as error:
         # pydicom's own text may quote the header
         raise ReadError(f"this is no DICOM file, or a damaged one ({type(error).__name__})") from None
     if not all(words):
         raise ReadError(f"a DICOM object without {_UIDS[words.index('')]} cannot be filed")
-    return Identity(words[0], words[1], words[2], words[3], modality, maker)
+    return Identity(words[0], words[1], words[2], words[3], modality, maker, syntax)
 
 
 _UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from medseg import api
 from medseg.inference.predict import Model, load_model
+from medseg.pacs import need
 from medseg.phantom.dicom import write_series
 from medseg.volume import Volume
 
@@ -238,3 +240,55 @@ def words(make_study: Callable[..., list[Path]]) -> Callable[[list[Path]], set[s
         return uids | set(CANARIES.values())
 
     return collect
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Peer:
+    """A node that sends to us and takes results: what it took, and the status that it answers."""
+
+    port: int
+    taken: dict[str, bytes] = field(default_factory=dict)
+    status: int = 0x0000
+
+    def send(self, port: int, *files: Path, title: str = "MEDSEG", calling: str = "PEER") -> list[int | None]:
+        """Send files over one association; the status of each, None where the connection broke."""
+        net = need("pynetdicom")
+        ae = net.AE(ae_title=calling)
+        rows = [pydicom.dcmread(file) for file in files]
+        for kind in {(row.SOPClassUID, row.file_meta.TransferSyntaxUID) for row in rows}:
+            ae.add_requested_context(*kind)
+        association = ae.associate("127.0.0.1", port, ae_title=title)
+        if not association.is_established:
+            return [None] * len(files)
+        answers = [association.send_c_store(row).get("Status") for row in rows]
+        association.release()
+        return answers
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    net, events = need("pynetdicom"), need("pynetdicom.events")
+    found = Peer(free_port())
+
+    def take(event: Any) -> int:
+        if found.status == 0:
+            found.taken[str(event.request.AffectedSOPInstanceUID)] = event.encoded_dataset(include_meta=False)
+        return found.status
+
+    ae = net.AE(ae_title="PEER")
+    for context in net.AllStoragePresentationContexts:
+        ae.add_supported_context(context.abstract_syntax)
+    server = ae.start_server(("127.0.0.1", found.port), block=False, evt_handlers=[(events.EVT_C_STORE, take)])
+    yield found
+    server.shutdown()
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()

@@ -1,0 +1,58 @@
+"""The YAML of a receiver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from medseg.errors import ConfigError
+from medseg.pacs.settings import load_settings
+
+PLAIN = {"model": "run", "inbox": "in", "out": "results"}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    (folder / "listen.yaml").write_text(yaml.safe_dump({**PLAIN, **changes}))
+    return folder / "listen.yaml"
+
+
+def test_the_example_is_valid(repository: Path) -> None:
+    found = load_settings(repository / "pipelines" / "listen.example.yaml")
+    assert (found.host, found.loopback, found.keep_seconds) == ("127.0.0.1", True, 3600)
+    assert found.formats == ("seg", "sr")
+    assert found.inbox == repository / "pipelines" / "inbox"
+
+
+def test_defaults_are_safe(tmp_path: Path) -> None:
+    found = load_settings(write(tmp_path))
+    assert (found.host, found.loopback, found.send) == ("127.0.0.1", True, ())
+    assert found.model == str(tmp_path / "run")
+    assert load_settings(write(tmp_path, host="0.0.0.0")).loopback is False
+    assert load_settings(write(tmp_path, model="models:/a@champion", keep="0")).model == "models:/a@champion"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"prot": 1}, "did you mean 'port'"),
+        ({"port": 0}, "port"),
+        ({"ae_title": "TOO LONG A TITLE!"}, "ae_title"),
+        ({"ae_title": "A\\B"}, "ae_title"),
+        ({"formats": ["segg"]}, "did you mean"),
+        ({"keep": "soon"}, "duration"),
+        ({"send": [{"host": "a"}]}, "host, port and ae_title"),
+        ({"send": [{"url": "dicomweb://a:geheim@h/x"}]}, "MEDSEG_DICOMWEB_USER"),
+        ({"send": [{"url": "dicomweb://h/x/studies/1.2"}]}, "as a whole"),
+        ({"send": [{"url": "dicomweb://h/x", "port": 1}]}, "not both"),
+        ({"send": [{"host": "127.0.0.1", "port": 11112, "ae_title": "ME"}]}, "come back"),
+        ({"send": [{"host": "h", "port": 1, "ae_title": "A"}], "formats": ["nifti"]}, "DICOM only"),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=r"listen\.yaml:[0-9]+: ") as error:
+        load_settings(write(tmp_path, **changes))
+    assert told in str(error.value)
+    assert "geheim@" not in str(error.value)
