@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import yaml
 
 from medseg import api
 from medseg.phantom.dicom import write_series
@@ -218,3 +220,83 @@ def test_wrong_credentials_and_no_study(
     assert "geheim" not in told
     monkeypatch.setenv("MEDSEG_DICOMWEB_PASSWORD", "geheim")
     assert "EMPTY_INPUT" in run(*words, allowed=(1,))
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@contextmanager
+def listening(program: Callable[[str], str], config: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run `medseg listen`; it dies without a word where the block has not ended it."""
+    command = [program("medseg"), "listen", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
+def test_studies_come_by_c_store_and_results_go_back(
+    way: str, orthanc: Orthanc, model: Path, tiny: Any, tmp_path: Path, program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEDSEG_DICOMWEB_USER", "nele")
+    monkeypatch.setenv("MEDSEG_DICOMWEB_PASSWORD", "geheim")
+    for number in (0, 1):
+        orthanc.upload(*make_study(tmp_path / f"in{number}", tiny, number))
+    node = {"host": "127.0.0.1", "port": orthanc.dicom, "ae_title": "ORTHANC"}
+    settings = {
+        "port": orthanc.node,
+        "calling": ["ORTHANC"],
+        "model": str(model),
+        "formats": ["seg", "nifti", "sr"],
+        "inbox": "inbox",
+        "out": "out",
+        "quiet_seconds": 1,
+        "keep": "0",
+        "send": [node if way == "C-STORE" else {"url": orthanc.url}],
+    }
+    (tmp_path / "listen.yaml").write_text(yaml.safe_dump(settings))
+    first, second = orthanc.studies()
+    with listening(program, tmp_path / "listen.yaml") as process:
+        wait_for(lambda: b"ok" in echo(orthanc), process)
+        assert orthanc.json("/modalities/medseg/store", first)["FailedInstancesCount"] == 0
+        wait_for(lambda: len(orthanc.qido_segs()) == 1, process)
+        assert orthanc.json("/modalities/medseg/store", second)["FailedInstancesCount"] == 0
+        wait_for(lambda: len(orthanc.qido_segs()) == 2 and len(orthanc.objects("SR")) == 2, process)
+        # whatever the archive routes to us: results are not segmented again
+        assert orthanc.json("/modalities/medseg/store", first)["FailedInstancesCount"] == 0
+        wait_for(lambda: not list((tmp_path / "inbox" / "studies").iterdir()), process)
+        process.terminate()
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert not any(word in told for word in ("Kanarie", "KNR", "1.2.826", "geheim", "Traceback"))
+    assert [len(orthanc.objects(kind)) for kind in ("SEG", "SR", "MR")] == [2, 2, 36]
+    assert len(orthanc.studies()) == 2
+    for raw in orthanc.objects("SEG"):
+        if way == "STOW-RS":
+            check_result(raw, tmp_path / "out")
+        else:  # the file meta information is the archive's own, the object is ours
+            (file,) = [file for file in (tmp_path / "out").glob("*.seg.dcm") if same_object(raw, file)]
+            check_result(file.read_bytes(), tmp_path / "out")
+    assert tells(tmp_path / "out") == []
+    assert tells(tmp_path / "inbox") == []
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
+
+
+def echo(orthanc: Orthanc) -> bytes:
+    try:
+        orthanc.ask("/modalities/medseg/echo", b"")
+        return b"ok"
+    except urllib.error.HTTPError:
+        return b""
+
+
+def same_object(raw: bytes, file: Path) -> bool:
+    return bool(pydicom.dcmread(io.BytesIO(raw)) == pydicom.dcmread(file))

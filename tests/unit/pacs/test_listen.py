@@ -23,6 +23,7 @@ from medseg.pacs import listen as listening
 from medseg.pacs import need
 from medseg.pacs.listen import Station, listen, make_station
 from medseg.pacs.settings import ListenConfig
+from medseg.readers.dicom_identity import identify
 
 Study = Callable[..., list[Path]]
 Build = Callable[..., Station]
@@ -236,17 +237,16 @@ class Killed(BaseException):
 
 
 STEPS = [
-    (listening.Inbox, "record"),
-    (listening, "predict_files"),
-    (listening.Outbox, "put"),
-    (listening.Outbox, "send"),
-    (listening.Inbox, "delete"),
+    *((listening.Inbox, "record", nth) for nth in (1, 2)),
+    (listening, "predict_files", 1),
+    (listening.Outbox, "put", 1),
+    *((listening.Outbox, "send", nth) for nth in (1, 2)),
+    (listening.Inbox, "delete", 1),
 ]
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("nth", [1, 2])
-@pytest.mark.parametrize(("place", "name"), STEPS, ids=lambda value: str(getattr(value, "__name__", value)))
+@pytest.mark.parametrize(("place", "name", "nth"), STEPS, ids=[f"{name}-{nth}" for _, name, nth in STEPS])
 def test_killed_at_any_step_nothing_is_lost(
     place: Any,
     name: str,
@@ -254,7 +254,6 @@ def test_killed_at_any_step_nothing_is_lost(
     after: bool,
     station: Build,
     peer: Any,
-    port: int,
     make_study: Study,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -272,8 +271,8 @@ def test_killed_at_any_step_nothing_is_lost(
         return value
 
     found = station()
-    files = make_study(0)
-    assert peer.send(port, *files) == [0] * len(files)
+    for file in make_study(0):
+        found.inbox.receive(file.read_bytes(), identify(file))
     with monkeypatch.context() as patch:
         patch.setattr(place, name, stop)
         with contextlib.suppress(Killed):
