@@ -18,6 +18,7 @@ from threading import Event, Thread
 
 from medseg.batch.ledger import Entry
 from medseg.batch.run import predict as predict_files
+from medseg.cases import study_id
 from medseg.errors import MedsegError
 from medseg.files import write_json
 from medseg.inference.predict import Model
@@ -33,7 +34,6 @@ from medseg.pacs.visits import keep_linkage
 from medseg.pacs.web import Patience, Web
 from medseg.privacy import keyed_id
 from medseg.readers.dicom_identity import identify
-from medseg.studies import study_id
 
 log = logging.getLogger("medseg.listen")
 TICK_SECONDS = 0.25
