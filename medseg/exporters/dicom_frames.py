@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.uid import (
@@ -37,7 +38,7 @@ def classic_headers(whole: Dataset, headers: Sequence[Header]) -> list[Dataset]:
     return [_classic(whole, frames[header.frame or 0], header) for header in headers]
 
 
-def _classic(whole: Dataset, frame: Dataset, header: Header) -> Dataset:
+def _classic(whole: Dataset, frame: Dataset | Mapping[str, Any], header: Header) -> Dataset:
     image = Dataset()
     # Copies: to set an attribute of one frame must not set that of the others.
     image.update({element.tag: deepcopy(element) for element in whole if element.keyword not in _OF_MANY})

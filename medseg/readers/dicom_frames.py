@@ -18,7 +18,7 @@ from pydicom.datadict import keyword_for_tag
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from medseg.readers.dicom_budget import check_budget
@@ -84,7 +84,7 @@ def may_have_frames(sop_class: str) -> bool:
     return str(UID(sop_class, validation_mode=pydicom.config.IGNORE).name) == sop_class  # private
 
 
-def classic_frames(dataset: Dataset, keywords: Sequence[str]) -> Iterator[tuple[Dataset, dict[str, str]]]:
+def classic_frames(dataset: Dataset, keywords: Sequence[str]) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
     """Yield each frame as a classic header, and the dimensions that may tell it apart from others of its place.
 
     What no group says is taken from the data set itself, but never the place of a frame.
@@ -93,6 +93,11 @@ def classic_frames(dataset: Dataset, keywords: Sequence[str]) -> Iterator[tuple[
     ----------
     keywords : which attributes of the data set a frame inherits; no sequences.
 
+    Yields
+    ------
+    dict, dict
+        Keyword -> value, for all that is there; name of a dimension -> its index.
+
     Raises
     ------
     ValueError : there are not as many items as frames; PARSE_ERRORS: what pydicom finds damaged.
@@ -100,39 +105,44 @@ def classic_frames(dataset: Dataset, keywords: Sequence[str]) -> Iterator[tuple[
     items = dataset[GROUPS[1]].value
     if len(items) != int(dataset.NumberOfFrames):
         raise ValueError("the functional groups are not one per frame")
-    base = [dataset[word] for word in keywords if word in dataset and word != "ImagePositionPatient"]
-    shared = next(iter(dataset.get(GROUPS[0]) or ()), Dataset())
-    common = _values(shared)
+    common = {word: dataset[word].value for word in keywords if word in dataset and word != "ImagePositionPatient"}
+    common |= _values(next(iter(dataset.get(GROUPS[0]) or ()), Dataset()))
     pointers = _pointers(dataset)
     for item in items:
-        frame, own = Dataset(), common | _values(item)
-        for keyword, value in own.items():
-            setattr(frame, keyword, value)
-        for element in base:
-            if element.keyword not in own:
-                frame[element.tag] = element
-        yield frame, _dimensions(item, pointers)
+        yield common | _values(item), _dimensions(item, pointers)
+
+
+def _table() -> dict[BaseTag, list[tuple[tuple[BaseTag, ...], str]]]:
+    """Return CLASSIC_NAMES by the tag of the group: the tags of the way from there to the value, and its keyword."""
+    found: dict[BaseTag, list[tuple[tuple[BaseTag, ...], str]]] = {}
+    for keyword, places in CLASSIC_NAMES.items():
+        for place in places:
+            group, *way = (Tag(word) for word in place.split("/"))
+            found.setdefault(group, []).append((tuple(way), keyword))
+    return found
+
+
+BY_GROUP = _table()
 
 
 def _values(groups: Dataset) -> dict[str, Any]:
     """Return what one item of functional groups says, by the keywords of a classic image."""
     found = {}
-    for keyword, places in CLASSIC_NAMES.items():
-        for place in places:
-            value = _value(groups, place.split("/"))
+    for tag in groups.keys() & BY_GROUP.keys():
+        rows: Sequence[Dataset] = groups[tag].value or []
+        for way, keyword in BY_GROUP[tag] if rows else ():
+            value = _value(rows[0], way)
             if value is not None:
                 found[keyword] = value
-                break
     return found
 
 
-def _value(groups: Dataset, path: Sequence[str]) -> Any:
-    for word in path[:-1]:
-        item = next(iter(groups.get(word) or ()), None)
-        if item is None:
+def _value(groups: Dataset, way: Sequence[BaseTag]) -> Any:
+    for tag in way[:-1]:
+        if tag not in groups or not groups[tag].value:
             return None
-        groups = item
-    return groups.get(path[-1])
+        groups = groups[tag].value[0]
+    return groups[way[-1]].value if way[-1] in groups else None
 
 
 def _pointers(dataset: Dataset) -> list[str]:

@@ -245,7 +245,7 @@ def _tiles(header: Header) -> tuple[Header, ...]:
     )
 
 
-def _frame(header: Header, number: int, dataset: Dataset, dimensions: dict[str, str], path: Path) -> Header:
+def _frame(header: Header, number: int, dataset: Any, dimensions: dict[str, str], path: Path) -> Header:
     found = header_of(dataset, path, header.sop_class)
     # The file of a frame tells time points apart where a scanner writes one file each and counts none of them.
     telling = found.telling | dimensions | {"SOPInstanceUID": header.sop_uid}

@@ -324,3 +324,14 @@ def test_a_rule_of_a_single_channel_leaves_other_series_out(tmp_path: Path, two_
     (missing,) = find_inputs([tmp_path], spec)
     assert missing.refusal is not None
     assert missing.refusal.code == "CHANNEL_MISSING"
+
+
+def test_time_points_of_one_file_are_studies_of_their_own(tmp_path: Path, write_enhanced: Callable[..., Path]) -> None:
+    volumes = [Volume(np.full((1, 8, 9, 6), value, np.float32), np.diag([-1.0, -1, 2, 1])) for value in (1, 2, 3)]
+    write_enhanced(tmp_path / "in/x.dcm", *volumes, tags=[{"time": 1}, {"time": 2}, {"time": 3}])
+    found = find_inputs([tmp_path / "in"], ONE)
+    assert len({study.id for study in found}) == 3
+    assert [study.series.files for study in found if study.series] == [(tmp_path / "in/x.dcm",)] * 3
+    assert len({study.digest() for study in found}) == 1  # of the file's bytes
+    shutil.move(tmp_path / "in", tmp_path / "moved")
+    assert ids(find_inputs([tmp_path / "moved"], ONE)) == ids(found)
