@@ -157,14 +157,16 @@ def known_class(sop_class: str) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence pydicom's warnings and log: they quote header values and paths, which may identify a patient."""
+    # by level, not by `disabled`: that of its decoders' own loggers follows
     logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.disabled = before
+        logger.setLevel(before)
 
 
 def read_header(path: Path) -> Header | None:

@@ -12,6 +12,7 @@ import pytest
 from pydicom import uid
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, get_frame
 
 from medseg.errors import ReadError
 from medseg.phantom.dicom import write_series
@@ -271,6 +272,23 @@ def test_pixels_that_are_floats(keyword: str, dtype: str, padding: str, make: Ca
         setattr(dataset, keyword, dataset[keyword].value[:-8])
         dataset.save_as(file)
     assert refusal(folder) == "TRUNCATED"
+
+
+def test_what_pydicom_logs_of_a_damaged_picture_is_not_shown(
+    make: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Colour pictures go through its decoders, which log the traceback of an error."""
+
+    def edit(dataset: Dataset) -> None:
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
+        dataset.PixelData = bytes(range(ROWS * COLUMNS * 3)) + b"\0"
+        # not by GDCM, which ends the process when it writes an odd number of bytes
+        dataset.compress(uid.RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
+        frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+        dataset.PixelData = encapsulate([frame[:-30]])
+
+    assert refusal(make(RAMP, "u1", edit)) in ("TRUNCATED", "UNREADABLE", "LENGTH_MISMATCH")
+    assert caplog.records == []
 
 
 # ---- bombs ----------------------------------------------------------------------------------------------------------
