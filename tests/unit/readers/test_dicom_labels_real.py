@@ -213,3 +213,16 @@ def test_sarcoma_contours_are_the_publisher_masks(data: Path, half: str, monkeyp
         different = int(np.count_nonzero(study.mask.array != theirs.array))
         assert different == DIFFERENT.get(case.id, 0), case.id
         assert study.mask.notes == ("MATCHED_BY_POSITION",)
+
+
+@pytest.mark.parametrize("modality", ["CT", "PET"])
+def test_sarcoma_contours_on_ct_and_pet_are_the_publisher_masks(data: Path, modality: str) -> None:
+    """The one patient of whom all three modalities are there; equal to the voxel, on grids of 1 and of 4.7 mm."""
+    folder = data / "sarcoma/dicom/STS_044" / modality
+    image = read_series(folder / "image")
+    request = LabelRequest(image, (Wanted("tumour", 1, expression="GTV_Mass.*"),), (folder / "image",))
+    mask = read_dicom_labels(folder / "mask", request)
+    theirs = align_to(read_image(data / "sarcoma/nifti_masks/STS_044" / f"{modality}_mask.nii.gz"), image)
+    assert theirs is not None
+    assert_array_equal(mask.array, theirs.array)
+    assert mask.array.any()
