@@ -121,6 +121,8 @@ def source_images(result: Result) -> list[Dataset]:
             # Slices that the reader took for parallel are made exactly so: highdicom refuses the least difference.
             image.ImageOrientationPatient = directions
             image.PixelSpacing = list(headers[0].spacing or ())
+            # May be empty or left out, and highdicom asks for it: the slices stand for what lies between them.
+            image.SliceThickness = image.get("SliceThickness") or format_number_as_ds(result.mask.spacing[2])
         return [_completed(image) for image in images]
 
 

@@ -260,7 +260,9 @@ def test_an_empty_mask_is_an_object_too(dicom_result: Build, tmp_path: Path) -> 
     assert not pixel_array(dataset).any()
 
 
-@pytest.mark.parametrize("missing", ["FrameOfReferenceUID", "StudyID", "PatientName", "AccessionNumber", "SeriesDate"])
+@pytest.mark.parametrize(
+    "missing", ["SliceThickness", "FrameOfReferenceUID", "StudyID", "PatientName", "AccessionNumber", "SeriesDate"]
+)
 def test_poor_sources(dicom_result: Build, tmp_path: Path, missing: str) -> None:
     result = dicom_result(tmp_path / "in")
     for file in result.series.files:
@@ -269,6 +271,7 @@ def test_poor_sources(dicom_result: Build, tmp_path: Path, missing: str) -> None
         dataset.save_as(file)
     dataset = written(tmp_path, result)
     assert dataset.FrameOfReferenceUID
+    assert dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].SliceThickness == 2.5
     assert dataset.ContentDate == ("19000101" if missing == "SeriesDate" else "20000101")
 
 
