@@ -33,6 +33,7 @@ from medseg.cli_options import (
     say,
 )
 from medseg.errors import ConfigError, MedsegError, Stopped
+from medseg.files import legible
 
 app = typer.Typer(
     help="From a folder of DICOM or NIfTI studies to a segmentation model that is validated and kept up to date.",
@@ -175,9 +176,7 @@ def train(  # noqa: PLR0913 - one parameter an option
 
 @app.command()
 def predict(  # noqa: PLR0913 - one parameter an option
-    inputs: Annotated[
-        list[str], typer.Argument(help="Files, series folders, trees of studies, datasets, dicomweb://.")
-    ],
+    inputs: Annotated[list[str], typer.Argument(help="Files, trees of studies, archives, datasets, dicomweb://.")],
     model: Annotated[str, typer.Option(help="Run folder, bundle, or models:/NAME@ALIAS.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks; a repeated command does only what is missing.")],
     mirror: Annotated[bool | None, typer.Option(help="Average over mirrored inputs (default: as planned).")] = None,
@@ -337,7 +336,7 @@ def _print_batch(result: Any) -> None:
         where = result.origins.get(entry.id, "")
         if entry.state != "done":
             errors.print(
-                f"{entry.id} ({where}): {entry.state} {entry.code}: {entry.message}",
+                f"{entry.id} ({legible(where)}): {entry.state} {entry.code}: {entry.message}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -377,7 +376,8 @@ def main(application: typer.Typer = app) -> None:
     except MedsegError as error:
         if os.environ.get("MEDSEG_DEBUG"):
             raise
-        errors.print(f"Error [{error.code}]: {error}", highlight=False, markup=False, soft_wrap=True)
+        lines = "\n".join(map(legible, f"Error [{error.code}]: {error}".split("\n")))
+        errors.print(lines, highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if type(error) is ConfigError else TRY_AGAIN if isinstance(error, Stopped) else 1)
     except (KeyboardInterrupt, SystemExit) as end:
         # typer turns Ctrl-C into a silent exit with this code

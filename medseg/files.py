@@ -93,6 +93,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def legible(path: Path | str) -> str:
+    """Return a path as text that can be printed and stored: control characters, and bytes that are no text, escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut (POSIX; other systems do not allow it)."""
     if os.name != "posix":

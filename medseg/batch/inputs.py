@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from medseg.batch.archived import member_name, refused_archives, with_origins
 from medseg.batch.dicom_inputs import chosen_input, dicom_inputs
 from medseg.batch.names import refuse_same_names, told_apart
 from medseg.batch.study_input import StudyInput
 from medseg.errors import BatchError, MedsegError, ReadError
+from medseg.readers.archives import Archives, unpacked
 from medseg.readers.dicom_scan import scan
 from medseg.readers.nifti import is_nifti, stem
 from medseg.spec import Case, Spec, load_dataset
 
 Choice = Literal["test", "train", "all"]
+
+
+@contextmanager
+def opened_inputs(
+    paths: Sequence[Path], spec: Spec, *, choice: Choice | None, splits: Path | None, out: Path
+) -> Iterator[list[StudyInput]]:
+    """Give the studies of `find_inputs`, those in archives too, which are unpacked for as long as the block lasts.
+
+    Archives in a dataset's folder are not looked for. They are unpacked below OUT/private, which nobody else reads.
+    """
+    others = [path for path in paths if not path.exists() or _is_dataset(path)]
+    with unpacked([path for path in paths if path not in others], scratch=out / "private") as archives:
+        everything = [*others, *archives.paths]
+        yield find_inputs(everything, spec, choice=choice, splits=splits, out=out, archives=archives)
 
 
 def find_inputs(
@@ -24,6 +41,7 @@ def find_inputs(
     choice: Choice | None = None,
     splits: Path | None = None,
     out: Path | None = None,
+    archives: Archives | None = None,
 ) -> list[StudyInput]:
     """Return the studies below `paths`, ordered by id.
 
@@ -34,6 +52,7 @@ def find_inputs(
     choice, splits : which cases of a dataset (the test cases if it has any, unless told).
     out : where masks are written: nothing below it is an input, however it lies to `paths`; NIfTI files that it
         knows from an earlier run keep their ids.
+    archives : what `paths` were unpacked from: origins and ids then are those of archive and member.
 
     A file that is given twice is one study. NIfTI files of one name are told apart by a hash in their ids.
 
@@ -41,6 +60,7 @@ def find_inputs(
     ------
     BatchError : NOT_FOUND, EMPTY_INPUT, SAME_NAME (cases of two datasets), OVERWRITES_INPUT.
     """
+    archives = archives or Archives()
     found: list[StudyInput] = []
     images: list[Path] = []
     places: list[Path] = []
@@ -54,11 +74,14 @@ def find_inputs(
         else:
             images += sorted(p for p in path.rglob("*") if _is_input(p, path, out)) if path.is_dir() else []
             places.append(path)
-    found += dicom_inputs(places, spec)
+    found += with_origins(dicom_inputs(places, spec, archives), archives)
     found = list({(study.id, study.images): study for study in found}.values())
     known = {path.resolve() for study in found for path in study.images}
-    single = {(path.resolve(), stem(path)): path for path in images if path.resolve() not in known}
-    found += told_apart(_nifti_inputs(single.values(), spec), taken={study.id for study in found}, out=out)
+    named = {member_name(path, archives): path for path in images if path.resolve() not in known}
+    single = {(name.resolve(), stem(name)): name for name in named}
+    rows = _nifti_inputs(single.values(), spec)
+    found += told_apart(rows, taken={study.id for study in found}, out=out, unpacked=named)
+    found += refused_archives(archives, found)
     if not found:
         raise BatchError(
             f"{', '.join(str(p) for p in paths)}: no image was found; give .nii or .nii.gz files, folders with DICOM "

@@ -25,7 +25,9 @@ def read_linkage(out: Path) -> dict[str, str]:
         return {row["id"]: row["path"] for row in csv.DictReader(handle)}
 
 
-def told_apart(studies: Sequence[StudyInput], *, taken: set[str], out: Path | None) -> list[StudyInput]:
+def told_apart(
+    studies: Sequence[StudyInput], *, taken: set[str], out: Path | None, unpacked: Mapping[Path, Path]
+) -> list[StudyInput]:
     """Give files that share a name ``<stem>-<8 hex digits>``, a keyed hash of their place.
 
     A file that an earlier run into `out` named keeps that name, so that inputs that are added later rename nothing.
@@ -35,6 +37,7 @@ def told_apart(studies: Sequence[StudyInput], *, taken: set[str], out: Path | No
     ----------
     studies : of NIfTI files, their ids the stems.
     taken : ids that other inputs of this run have.
+    unpacked : image -> the file to read, where they differ: the images of archives are named by archive and member.
     """
     earlier = {} if out is None else read_linkage(out)
     named = {path: name for name, path in earlier.items()}
@@ -42,6 +45,7 @@ def told_apart(studies: Sequence[StudyInput], *, taken: set[str], out: Path | No
     rows = []
     for study in studies:
         places = _places(study)
+        study = replace(study, images=tuple(unpacked.get(path, path) for path in study.images))
         before = next((named[place] for place in places if place in named), "")
         if before == study.id or before.startswith(f"{study.id}-"):
             name = before

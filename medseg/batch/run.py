@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.batch.inputs import Choice, find_inputs
+from medseg.batch.inputs import Choice, opened_inputs
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.names import LINKAGE, read_linkage
 from medseg.batch.study_input import StudyInput
@@ -22,7 +22,7 @@ from medseg.channels import read_chosen
 from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
 from medseg.exporters import EXPORTERS, choose_formats
 from medseg.exporters.result import DICOM_ONLY, Result
-from medseg.files import file_digest, sweep, write_json, write_text
+from medseg.files import file_digest, legible, sweep, write_json, write_text
 from medseg.inference.predict import Model, load_model, predict_soft, predict_volume
 from medseg.readers.dicom_series import read_series
 from medseg.spec import Spec
@@ -93,7 +93,21 @@ def predict(
     formats = choose_formats(formats)
     loaded = model if isinstance(model, Model) else load_model(model)
     info = loaded.bundle.info
-    studies = find_inputs(inputs, info.spec, choice=choice, splits=splits, out=out)
+    with opened_inputs(inputs, info.spec, choice=choice, splits=splits, out=out) as studies:
+        return _predict_all(studies, loaded, out, mirror=mirror, formats=formats, progress=progress)
+
+
+def _predict_all(
+    studies: Sequence[StudyInput],
+    loaded: Model,
+    out: Path,
+    *,
+    mirror: bool | None,
+    formats: Sequence[str],
+    progress: Callable[[int, int], None],
+) -> BatchResult:
+    """Do what is not done yet, and write the tables."""
+    info = loaded.bundle.info
     for folder in (out, out / "ledger", out / "journal", out / "private"):
         sweep(folder, deep=False)
     write_json(out / PROVENANCE, info.provenance(mirror))
@@ -239,7 +253,7 @@ def _write_linkage(out: Path, studies: Sequence[StudyInput]) -> None:
     """Write id -> path of these studies and of those of earlier runs into the same folder."""
     file = out / LINKAGE
     known = read_linkage(out)
-    known |= {study.id: str(study.origin.resolve()) for study in studies}
+    known |= {study.id: legible(study.origin.resolve()) for study in studies}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "path"])

@@ -23,7 +23,7 @@ class StudyInput:
     series : the DICOM series on whose grid the mask lies, if it is one.
     origin : where it was found, for the linkage table and the terminal only.
     channels : one series per channel, where rules chose them in a DICOM study.
-    refusal : why its channels could not be chosen.
+    refusal : why it will not be read: its channels could not be chosen, its files are lost, its archive is bad.
     """
 
     id: str
@@ -32,6 +32,12 @@ class StudyInput:
     origin: Path
     channels: tuple[SeriesFiles, ...] = field(default=(), repr=False)
     refusal: MedsegError | None = field(default=None, compare=False)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of its series, else its images."""
+        rows = self.channels or ((self.series,) if self.series else ())
+        return tuple(file for row in rows for file in row.files) or self.images
 
     def digest(self) -> str:
         """Return the SHA-256 of the input's bytes; empty if they cannot be read."""
