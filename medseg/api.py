@@ -152,7 +152,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
     )
 
 
-def predict(
+def predict(  # noqa: PLR0913 - the options of the command are the parameters of the function
     *inputs: PathLike,
     model: PathLike,
     out: PathLike,
@@ -161,6 +161,7 @@ def predict(
     splits: PathLike | None = None,
     formats: Sequence[str] = ("nifti",),
     send: Sequence[str] = (),
+    channels: PathLike | None = None,
     display: Display | None = None,
 ) -> BatchResult:
     """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
@@ -170,6 +171,7 @@ def predict(
     inputs : paths, or addresses of archives (``dicomweb://HOST:PORT/PATH?StudyDate=20260101-``).
     formats : of the results, names of medseg.exporters.EXPORTERS; "seg" gives ``OUT/<id>.seg.dcm``.
     send : addresses of archives that get the results as DICOM.
+    channels : YAML file with the rules (`match`) that find the model's channels in DICOM studies, instead of its own.
 
     Raises
     ------
@@ -177,6 +179,7 @@ def predict(
         OUT cannot be written.
     """
     from medseg.batch.run import predict as predict_files
+    from medseg.inference.predict import load_model, ruled
     from medseg.pacs.address import is_address
     from medseg.pacs.predict import predict as predict_archives
 
@@ -184,7 +187,8 @@ def predict(
     options: dict[str, Any] = {"mirror": mirror, "choice": cases, "splits": _path(splits), "formats": formats}
     with display:
         display.stage("predicting")
-        options |= {"model": Path(model), "out": Path(out), "progress": display.counted}
+        chosen = Path(model) if channels is None else ruled(load_model(Path(model)), Path(channels))
+        options |= {"model": chosen, "out": Path(out), "progress": display.counted}
         if send or any(is_address(place) for place in inputs):
             return predict_archives(inputs, send=send, **options)
         return predict_files([Path(place) for place in inputs], **options)

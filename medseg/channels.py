@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, ValidationError
 
-from medseg.errors import GeometryError, MedsegError, ReadError
+from medseg import config
+from medseg.config import Config
+from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_select import choose_series
@@ -21,6 +25,45 @@ LEAST_SHARED = 0.5
 """Two channels that share less than this of the smaller one's space show different parts of the body."""
 PADDED = 1e-3
 """A channel that misses more of the reference's voxels than this is noted."""
+
+
+class Rule(Config):
+    """How the series of one channel is found, as in a spec; `modality` stays the spec's unless told."""
+
+    modality: str | None = None
+    match: dict[str, Any] = Field(default_factory=dict)
+
+
+class Rules(Config):
+    """A file that says how the channels of a model are found where another site describes its series otherwise."""
+
+    channels: dict[str, Rule]
+    frame_of_reference: Literal["same", "any"] | None = None
+
+
+def with_rules(spec: Spec, file: Path) -> Spec:
+    """Return a spec whose channels are found by the rules of a YAML file.
+
+    Raises
+    ------
+    SpecError : the file is wrong, or does not name the channels of the spec, each once.
+    """
+    rules = config.load(Rules, file, error=SpecError)
+    if set(rules.channels) != set(spec.channels):
+        raise SpecError(
+            f"{file}: it names the channels {', '.join(rules.channels) or 'none'}, the model needs "
+            f"{', '.join(spec.channels)}"
+        )
+    # The patterns are those of the training's files, and exclude rules.
+    values = spec.model_dump() | {"images": "", "masks": ""}
+    for name, rule in rules.channels.items():
+        values["channels"][name] |= rule.model_dump(exclude_none=True)
+    values["frame_of_reference"] = rules.frame_of_reference or spec.frame_of_reference
+    try:
+        return Spec.model_validate(values)
+    except ValidationError as invalid:
+        problems = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in invalid.errors())
+        raise SpecError(f"{file}: {problems}") from invalid
 
 
 def choose_channels(spec: Spec, paths: tuple[Path, ...]) -> dict[str, SeriesFiles]:

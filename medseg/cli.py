@@ -184,6 +184,9 @@ def predict(  # noqa: PLR0913 - one parameter an option
     splits: Splits = None,
     formats: Formats = None,
     send: Send = None,
+    channels: Annotated[
+        Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")
+    ] = None,
     track: Store = Path(),
     json: Json = False,
 ) -> None:
@@ -205,6 +208,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
         splits=splits,
         formats=formats or ("nifti",),
         send=send or (),
+        channels=channels,
         display=_display(json),
     )
     if json:

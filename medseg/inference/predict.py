@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from medseg.bundle import Bundle, load_networks, open_bundle
+from medseg.channels import with_rules
 from medseg.device import best_device
 from medseg.errors import BundleError
 from medseg.inference.sliding_window import slide
@@ -38,6 +39,18 @@ def load_model(path: Path, *, device: torch.device | None = None) -> Model:
     device = device or best_device()
     bundle = open_bundle(path)
     return Model(bundle, [network.to(device) for network in load_networks(bundle)], device)
+
+
+def ruled(model: Model, file: Path) -> Model:
+    """Return a model that finds its channels in DICOM studies by the rules of a YAML file; it has another digest.
+
+    Raises
+    ------
+    SpecError : as `medseg.channels.with_rules`.
+    """
+    info = model.bundle.info
+    info = info.model_copy(update={"spec": with_rules(info.spec, file)})
+    return replace(model, bundle=replace(model.bundle, info=info))
 
 
 @torch.inference_mode()

@@ -118,6 +118,16 @@ def test_check_train_predict_evaluate(
     seg = pydicom.dcmread(next((tmp_path / "masks").glob("*.dcm")))
     referred = {item.SeriesInstanceUID for item in seg.ReferencedSeriesSequence}
     assert referred == {pydicom.dcmread(next((new / "S1").iterdir())).SeriesInstanceUID}
+    for file in (new / "S1").iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.SeriesDescription = "t1_km"
+        dataset.save_as(file)
+    again = {"model": tmp_path / "run", "out": tmp_path / "masks"}
+    assert [e.code for e in api.predict(new, **again).entries] == ["CHANNEL_MISSING"]
+    assert not (tmp_path / "masks" / f"{entry.id}.nii.gz").exists()
+    rules = {"channels": two_sequences.channels | {"t1": {"match": {"SeriesDescription": "^t1_km$"}}}}
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules))
+    assert api.predict(new, channels=tmp_path / "rules.yaml", **again).complete
     api.predict(tree, model=tmp_path / "run", out=tmp_path / "known")
     scores = api.evaluate(tmp_path / "known", tree, out=tmp_path / "scores")
     used = {row.label: row.n_total for row in scores.summary if row.metric == "dice"}

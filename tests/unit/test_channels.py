@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from medseg.channels import choose_channels, combine, read_chosen
+from medseg.channels import choose_channels, combine, read_chosen, with_rules
 from medseg.errors import MedsegError, SpecError
 from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_series import read_series
@@ -218,3 +218,34 @@ def test_rules_that_are_wrong(
 
 def test_the_headers_texts_are_never_shown(study: Path) -> None:
     assert "POST" not in repr(scan(study))
+
+
+def test_rules_of_another_site(tmp_path: Path, study: Path, spec: Spec, make_spec: Callable[..., Spec]) -> None:
+    edit(study / "S1", SeriesDescription="t1_tse_km")
+    assert refused(spec, study).code == "CHANNEL_MISSING"
+    file = tmp_path / "rules.yaml"
+    file.write_text("channels:\n  flair: {match: {EchoTime: [80, null]}}\n  t1: {match: {SeriesDescription: tse_km}}\n")
+    ruled = with_rules(spec, file)
+    assert list(ruled.channels) == ["t1", "flair"], "in the order of the model"
+    assert ruled.channels["t1"].modality == "MR"
+    assert read_chosen(ruled, choose_channels(ruled, (study,))).array.shape[0] == 2
+    from_files = with_rules(make_spec(channels=("t1", "flair"), images="{case}_{channel}.nii.gz"), file)
+    assert read_chosen(from_files, choose_channels(from_files, (study,))).array.shape[0] == 2
+    assert from_files.resamples
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("channels: {t1: {match: {}}}", "it names the channels t1, the model needs t1, flair"),
+        ("channels: {t1: {match: {X: y}}, flair: {match: {}}}", "'X' is not one of"),
+        ("channels: {t1: {modality: MX}, flair: {match: {}}}", "with `match` it is one of"),
+        ("channel: {}", "unknown key, did you mean 'channels'"),
+    ],
+)
+def test_wrong_rules_of_another_site(tmp_path: Path, spec: Spec, text: str, problem: str) -> None:
+    (tmp_path / "rules.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        with_rules(spec, tmp_path / "rules.yaml")
+    assert problem in str(caught.value)
+    assert "rules.yaml" in str(caught.value)
