@@ -395,3 +395,15 @@ def test_a_wrong_file_is_never_left(
 
     monkeypatch.setattr(dicom_seg, "build_seg", damaged)
     assert refused(tmp_path, result, KINDS[kind]) == "READ_BACK"
+
+
+@pytest.mark.parametrize("write", ["absent", "empty", "zero"])
+def test_slices_that_do_not_say_how_thick_they_are_touch(dicom_result: Build, tmp_path: Path, write: str) -> None:
+    result = dicom_result(tmp_path / "in", SliceThickness={"zero": 0}.get(write))
+    for file in result.series.files if write == "absent" else ():
+        dataset = pydicom.dcmread(file)
+        del dataset.SliceThickness
+        dataset.save_as(file)
+    dataset = written(tmp_path, result)
+    measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert float(measures.SliceThickness) == pytest.approx(result.mask.spacing[2])
