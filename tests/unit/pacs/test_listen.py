@@ -21,8 +21,9 @@ from medseg.errors import BatchError, ConfigError, ExportError
 from medseg.inference.predict import Model
 from medseg.pacs import listen as listening
 from medseg.pacs import need
+from medseg.pacs.dimse import Node
 from medseg.pacs.listen import Station, listen, make_station
-from medseg.pacs.settings import ListenConfig
+from medseg.pacs.settings import ListenConfig, Target, Tls
 from medseg.readers.dicom_identity import identify
 
 Study = Callable[..., list[Path]]
@@ -363,3 +364,52 @@ def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key, PEM."""
+    from datetime import UTC, datetime, timedelta
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    kinds = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *kinds))
+    return folder / "cert.pem", folder / "key.pem"
+
+
+def test_tls_both_ways(station: Build, peer: Any, port: int, make_study: Study, tmp_path: Path) -> None:
+    ours, key = certificate(tmp_path / "ours")
+    foreign, foreign_key = certificate(tmp_path / "foreign")
+    found = station(tls={"certificate": ours, "key": key, "authorities": ours})
+    files = make_study(0)
+    target = Target(host="127.0.0.1", port=port, ae_title="MEDSEG", authorities=ours)
+    Node(target, calling="PEER", tls=Tls(certificate=ours, key=key)).send(files)
+    assert found.receiver is not None
+    assert found.receiver.tally.received == len(files)
+    for tls, authorities in ((None, ours), (Tls(certificate=foreign, key=foreign_key), ours), (None, foreign)):
+        stranger = Node(target.model_copy(update={"authorities": authorities}), calling="PEER", tls=tls)
+        with pytest.raises(BatchError) as error:
+            stranger.send(files[:1])
+        assert error.value.code == "PACS_UNREACHABLE"
+    assert peer.send(port, files[0]) == [None]  # plain DICOM
+    assert found.receiver.tally.received == len(files)
+    with pytest.raises(ConfigError, match="certificate or key"):
+        station(tls={"certificate": ours, "key": foreign_key})

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from medseg.errors import ConfigError
+from medseg.pacs import need
 from medseg.pacs.settings import load_settings
 
 PLAIN = {"model": "run", "inbox": "in", "out": "results"}
@@ -56,3 +57,8 @@ def test_mistakes_are_told(tmp_path: Path, changes: dict[str, Any], told: str) -
         load_settings(write(tmp_path, **changes))
     assert told in str(error.value)
     assert "geheim@" not in str(error.value)
+
+
+def test_without_the_extra_the_command_that_installs_it_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"pip install 'medseg\[pacs\]'"):
+        need("pynetdicom_that_is_not_there")
