@@ -162,6 +162,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     formats: Sequence[str] = ("nifti",),
     send: Sequence[str] = (),
     channels: PathLike | None = None,
+    allow: Sequence[str] = (),
     display: Display | None = None,
 ) -> BatchResult:
     """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
@@ -172,6 +173,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     formats : of the results, names of medseg.exporters.EXPORTERS; "seg" gives ``OUT/<id>.seg.dcm``.
     send : addresses of archives that get the results as DICOM.
     channels : YAML file with the rules (`match`) that find the model's channels in DICOM studies, instead of its own.
+    allow : "tilt", "irregular": DICOM series with such a fault are corrected by resampling instead of refused.
 
     Raises
     ------
@@ -182,9 +184,11 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     from medseg.inference.predict import load_model, ruled
     from medseg.pacs.address import is_address
     from medseg.pacs.predict import predict as predict_archives
+    from medseg.readers.allowances import choose_allowances
 
     display = display or Display(None)
     options: dict[str, Any] = {"mirror": mirror, "choice": cases, "splits": _path(splits), "formats": formats}
+    options["allow"] = choose_allowances(allow)
     with display:
         display.stage("predicting")
         chosen = Path(model) if channels is None else ruled(load_model(Path(model)), Path(channels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from medseg import config
 from medseg.config import Config
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
+from medseg.readers.allowances import Allowance
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_select import choose_series
@@ -76,8 +77,8 @@ def choose_channels(spec: Spec, paths: tuple[Path, ...]) -> dict[str, SeriesFile
     return choose_series(scan(paths).series, spec.rules)
 
 
-def read_chosen(spec: Spec, chosen: Mapping[str, SeriesFiles]) -> Volume:
-    """Read the chosen series as one volume on the grid of the reference channel.
+def read_chosen(spec: Spec, chosen: Mapping[str, SeriesFiles], *, allow: Collection[Allowance] = ()) -> Volume:
+    """Read the chosen series as one volume on the grid of the reference channel; `allow` as for `read_series`.
 
     Raises
     ------
@@ -94,7 +95,7 @@ def read_chosen(spec: Spec, chosen: Mapping[str, SeriesFiles]) -> Volume:
     volumes = {}
     for name, series in chosen.items():
         try:
-            volumes[name] = read_series(series, suv=spec.channels[name].suv)
+            volumes[name] = read_series(series, suv=spec.channels[name].suv, allow=allow)
         except MedsegError as error:
             raise type(error)(f"channel {name!r}: {error}", code=error.code) from error
     image = combine(spec, volumes)

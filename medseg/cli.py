@@ -15,6 +15,7 @@ import typer
 
 from medseg.cli_models import models
 from medseg.cli_options import (
+    Allow,
     Budget,
     CaseChoice,
     Dataset,
@@ -187,6 +188,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
     channels: Annotated[
         Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")
     ] = None,
+    allow: Allow = None,
     track: Store = Path(),
     json: Json = False,
 ) -> None:
@@ -209,6 +211,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
         formats=formats or ("nifti",),
         send=send or (),
         channels=channels,
+        allow=allow or (),
         display=_display(json),
     )
     if json:

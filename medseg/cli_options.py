@@ -45,6 +45,13 @@ Send = Annotated[
     list[str] | None,
     typer.Option(help="dicomweb://HOST:PORT/PATH of an archive that gets the results (dicomwebs:// for HTTPS)."),
 ]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Correct by resampling instead of refusing: tilt (a tilted gantry), irregular (uneven or missing "
+        "slices); several by commas."
+    ),
+]
 
 
 def say(text: str) -> None:

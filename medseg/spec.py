@@ -18,6 +18,7 @@ from medseg import config
 from medseg.config import Config
 from medseg.errors import SpecError
 from medseg.files import digest
+from medseg.readers.allowances import Allowance
 from medseg.readers.label_request import Overlap
 from medseg.readers.series_rules import ALIASES, MODALITIES, Condition, SeriesRule, condition_problem
 from medseg.registry import did_you_mean
@@ -141,6 +142,7 @@ class Spec(Config):
     reference : the channel whose grid the others are brought to and the masks lie on (the first unless told).
     resample : whether a channel on another grid is resampled; unless told, where channels are found by `match`.
     frame_of_reference : channels found by `match` must lie in the "same" one, or in "any".
+    allow : "tilt", "irregular": DICOM series with such a fault are corrected by resampling instead of refused.
     ignore : mask value whose voxels are unannotated and teach nothing.
     patient : regular expression on the case id (on the PatientID of `studies`); its first group (or the whole match)
         names the patient.
@@ -162,6 +164,7 @@ class Spec(Config):
     reference: str | None = None
     resample: bool | None = None
     frame_of_reference: Literal["same", "any"] = "same"
+    allow: tuple[Allowance, ...] = ()
     ignore: int | None = Field(default=None, ge=1, le=2**24 - 1)
     patient: str | None = None
     case_ids: Literal["name", "hash"] | None = None

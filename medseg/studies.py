@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from medseg.channels import choose_channels, combine, read_chosen
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
 from medseg.readers import READERS, read_image, reader_for
+from medseg.readers.allowances import Allowance
 from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.spec import Case, Spec
 from medseg.volume import Volume, align_to, grid_distance, reorient
@@ -37,8 +39,8 @@ def read_study(spec: Spec, case: Case) -> Study:
     Raises
     ------
     MedsegError : any reading error, CHANNEL_MISSING, CHANNEL_AMBIGUOUS, CHANNEL_COUNT, CHANNEL_GRID,
-        CHANNEL_COVERAGE, FRAME_OF_REFERENCE_DIFFERS, LABEL_GRID, LABEL_VALUES, LABEL_NOT_INTEGER, any refusal of
-        DICOM labels; the message starts with the case id.
+        CHANNEL_COVERAGE, FRAME_OF_REFERENCE_DIFFERS, LABEL_BETWEEN_SLICES, LABEL_GRID, LABEL_VALUES,
+        LABEL_NOT_INTEGER, any refusal of DICOM labels; the message starts with the case id.
     """
     try:
         image, drawn_on = _read_images(spec, case)
@@ -51,24 +53,27 @@ def read_study(spec: Spec, case: Case) -> Study:
 def _read_images(spec: Spec, case: Case) -> tuple[Volume, tuple[Path, ...]]:
     """Return the image of a case, and the files or folders that its labels may refer to."""
     if not spec.rules:
-        return read_channels(spec, case.images), case.images
+        return read_channels(spec, case.images, allow=spec.allow), case.images
     chosen = choose_channels(spec, case.images)
-    return read_chosen(spec, chosen), chosen[spec.reference_channel].files
+    return read_chosen(spec, chosen, allow=spec.allow), chosen[spec.reference_channel].files
 
 
 def _named(error: MedsegError, message: str) -> MedsegError:
     return type(error)(message, code=error.code)
 
 
-def read_channels(spec: Spec, paths: tuple[Path, ...]) -> Volume:
-    """Read files that hold the channels of the spec, in its order, as one volume; raises as `read_study` does."""
+def read_channels(spec: Spec, paths: tuple[Path, ...], *, allow: Collection[Allowance] = ()) -> Volume:
+    """Read files that hold the channels of the spec, in its order, as one volume; raises as `read_study` does.
+
+    `allow` as for `read_series`.
+    """
     names = list(spec.channels)
     for name, path in zip(names, paths, strict=False):
         if not path.exists():
             raise ReadError(f"the file of channel {name!r} ({path.name}) is missing", code="CHANNEL_MISSING")
     # paths and channels differ in number where one file holds all channels
     suv = [channel.suv for channel in spec.channels.values()] if len(paths) == len(names) else [None] * len(paths)
-    volumes = [read_image(path, suv=wanted) for path, wanted in zip(paths, suv, strict=True)]
+    volumes = [read_image(path, suv=wanted, allow=allow) for path, wanted in zip(paths, suv, strict=True)]
     counts = [volume.array.shape[0] for volume in volumes]
     if sum(counts) != len(names) or (len(counts) > 1 and max(counts) > 1):
         raise ReadError(
@@ -93,6 +98,12 @@ def _read_mask(spec: Spec, case: Case, image: Volume, drawn_on: tuple[Path, ...]
             raise ReadError(f"its mask ({path.name}) is missing", code="LABEL_MISSING")
     by_name = READERS["dicom"].labels if spec.studies else reader_for(paths[0]).labels
     if by_name is not None:
+        if "SPACING_REGULARISED" in image.notes:
+            raise GeometryError(
+                "its slices were brought to even steps, and DICOM labels are drawn on the slices as they were: between "
+                "them nobody drew any; leave the case out, or give a mask on the corrected grid",
+                code="LABEL_BETWEEN_SLICES",
+            )
         return by_name(paths, LabelRequest(image, wanted_labels(spec), drawn_on, spec.overlap))
     stored = _first_channel(read_image(paths[0]))
     mask = align_to(stored, image)

@@ -14,7 +14,7 @@ import typer
 from medseg import api
 from medseg.batch.run import BatchResult
 from medseg.cli import main
-from medseg.cli_options import console
+from medseg.cli_options import Allow, console
 from medseg.display import Display
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -25,6 +25,7 @@ def batch_inference(
     studies: Annotated[list[Path], typer.Argument(help="Trees of studies (DICOM, NIfTI), files, or a dataset.")],
     model: Annotated[str, typer.Option(help="Run folder, bundle, or models:/NAME@ALIAS.")],
     out: Annotated[Path, typer.Option(help="Folder for masks, ledger/ and summary.csv.")],
+    allow: Allow = None,
     track: Annotated[Path, typer.Option(help="Folder of the MLflow store that models:/ is looked up in.")] = Path(),
 ) -> None:
     """Segment every study below some folders; exit 0 all done, 1 none, 3 some.
@@ -32,7 +33,12 @@ def batch_inference(
     Example: python -m pipelines.batch_inference archive/ --model models:/organs@champion --out masks
     """
     result = api.predict(
-        *studies, model=api.local_model(model, track=track), out=out, cases="all", display=Display(console)
+        *studies,
+        model=api.local_model(model, track=track),
+        out=out,
+        cases="all",
+        allow=allow or (),
+        display=Display(console),
     )
     for line in summary(result):
         console.print(line, highlight=False, markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -98,8 +99,8 @@ def _is_input(path: Path, root: Path, out: Path | None) -> bool:
     dangling = path.is_symlink() and not path.exists()  # is refused later; who is left out here is forgotten
     if not is_nifti(path) or path.name.startswith(".") or not (path.is_file() or dangling):
         return False
-    # A mask of this or an earlier run, for example of another model, into a folder below the input.
-    if (path.parent / "ledger" / f"{stem(path)}.json").exists():
+    # A mask (or corrected image) of this or an earlier run, for example of another model, below the input.
+    if (path.parent / "ledger" / f"{stem(path).removesuffix('.image')}.json").exists():
         return False
     if out is None:
         return True
@@ -123,19 +124,20 @@ def _dataset_inputs(path: Path, spec: Spec, choice: Choice | None, splits: Path 
     if dataset.spec.rules:
         return [_chosen_case(dataset.spec, case, order) for case in cases]
     images = {c.id: tuple(c.images[n] for n in order) if len(c.images) > 1 else c.images for c in cases}
-    return [StudyInput(case.id, images[case.id], None, case.images[0]) for case in cases]
+    allow = frozenset(dataset.spec.allow)
+    return [StudyInput(case.id, images[case.id], None, case.images[0], allow=allow) for case in cases]
 
 
 def _chosen_case(spec: Spec, case: Case, order: Sequence[int]) -> StudyInput:
     """Return a case whose channels the rules of its own dataset choose."""
-    names = list(spec.channels)
+    names, allow = list(spec.channels), frozenset(spec.allow)
     try:
         series = scan(case.images).series
         if not series:
             raise ReadError("there is no DICOM series", code="NO_SERIES")
     except MedsegError as error:
         return StudyInput(case.id, case.images, None, case.images[0], refusal=error)
-    return chosen_input(case.id, spec, series, [names[n] for n in order])
+    return replace(chosen_input(case.id, spec, series, [names[n] for n in order]), allow=allow)
 
 
 def _channel_order(found: Spec, wanted: Spec, path: Path) -> list[int]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from medseg.config import Config
 from medseg.files import file_digest, write_json
+from medseg.readers.allowances import Allowance, still_true
 
 State = Literal["done", "refused", "failed"]
 
@@ -29,6 +31,7 @@ class Entry(Config):
     outputs : file name in OUT -> SHA-256.
     volumes_ml : label -> mL (for pictures, pixels).
     notes : what the reader remarked.
+    correction : how a corrected series lay, and the steps it was brought to.
     """
 
     id: str
@@ -40,6 +43,7 @@ class Entry(Config):
     outputs: dict[str, str] = Field(default_factory=dict)
     volumes_ml: dict[str, float] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    correction: dict[str, str] = Field(default_factory=dict)
 
 
 class Ledger:
@@ -60,16 +64,25 @@ class Ledger:
         write_json(self._file(entry.id), entry.model_dump(mode="json"))
 
     def settled(
-        self, study: str, *, input_digest: str, model_digest: str, outputs: tuple[str, ...] = ()
+        self,
+        study: str,
+        *,
+        input_digest: str,
+        model_digest: str,
+        outputs: tuple[str, ...] = (),
+        allow: Collection[Allowance] = (),
     ) -> Entry | None:
         """Return the entry if it is done or refused, from the same input and model, with intact outputs.
 
-        `outputs` are files that it must have if it is done.
+        `outputs` are files that it must have if it is done; `allow` is what may be corrected now: a study that would
+        end otherwise with it is not settled.
         """
         entry = self.read(study)
         if entry is None or entry.state == "failed":
             return None
         if (entry.input_digest, entry.model_digest) != (input_digest, model_digest):
+            return None
+        if not still_true(code=entry.code, notes=entry.notes, allow=allow):
             return None
         if entry.state == "done" and not set(outputs) <= set(entry.outputs):
             return None

@@ -7,8 +7,8 @@ import io
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,18 @@ import numpy as np
 from medseg.batch.inputs import Choice, opened_inputs
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.names import LINKAGE, read_linkage
+from medseg.batch.placing import IMAGE_SUFFIX, Placed, place
 from medseg.batch.study_input import StudyInput
 from medseg.bundle import BundleInfo
 from medseg.channels import read_chosen
 from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
 from medseg.exporters import EXPORTERS, choose_formats
+from medseg.exporters.nifti import write_nifti
 from medseg.exporters.result import DICOM_ONLY, Result
 from medseg.files import file_digest, legible, sweep, write_json, write_text
 from medseg.inference.predict import Model, load_model, predict_soft, predict_volume
+from medseg.readers.allowances import Allowance
+from medseg.readers.dicom_regular import FIGURES
 from medseg.readers.dicom_series import read_series
 from medseg.spec import Spec
 from medseg.studies import read_channels
@@ -59,7 +63,7 @@ class BatchResult:
         return all(entry.state == "done" for entry in self.entries)
 
 
-def predict(
+def predict(  # noqa: PLR0913 - the options of the command are the parameters of the function
     inputs: Sequence[Path],
     *,
     model: Path | Model,
@@ -68,6 +72,7 @@ def predict(
     choice: Choice | None = None,
     splits: Path | None = None,
     formats: Sequence[str] = ("nifti",),
+    allow: Collection[Allowance] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BatchResult:
     """Segment every study below `inputs` into ``OUT/<id>.nii.gz`` (other `formats`: other endings).
@@ -81,6 +86,8 @@ def predict(
     model : run folder or bundle, or a model in memory; it is loaded once.
     mirror : average over mirrored inputs; unless told, as the plan says.
     choice, splits : which cases of a dataset.
+    allow : what is corrected by resampling instead of refused: "tilt", "irregular"; a dataset may allow more. Studies
+        that were refused for it are tried again.
     formats : names of EXPORTERS; formats that an earlier run wrote for a study into OUT are kept up to date.
 
     Raises
@@ -117,7 +124,10 @@ def _predict_all(
     for number, study in enumerate(studies):
         source = study.digest()
         names = tuple(f"{study.id}{EXPORTERS[name].suffix}" for name in formats)
-        entry = ledger.settled(study.id, input_digest=source, model_digest=recipe(info, mirror), outputs=names)
+        study = replace(study, allow=study.allow | set(allow))
+        entry = ledger.settled(
+            study.id, input_digest=source, model_digest=recipe(info, mirror), outputs=names, allow=study.allow
+        )
         entries.append(entry or _do(study, source, loaded, ledger, mirror, formats=formats))
         progress(number + 1, len(studies))
     write_text(out / "summary.csv", summary_csv(info.spec, entries))
@@ -151,13 +161,15 @@ def _do(
         else:
             mask = predict_volume(model, image, mirror=mirror)
         result = Result(mask, model.bundle.info.spec, entry.model_digest, image, study.series, soft)
-        outputs, notes = _write(result, formats, ledger.out, study.id)
+        placed = place(result, study.allow)
+        outputs, notes = _write(placed, formats, ledger.out, study.id)
         entry = entry.model_copy(
             update={
                 "state": "done",
                 "outputs": outputs,
-                "volumes_ml": volumes(model.bundle.info.spec, mask),
+                "volumes_ml": volumes(model.bundle.info.spec, placed.nifti.on_image),
                 "notes": (*image.notes, *notes),
+                "correction": {key: image.meta[key] for key in FIGURES if key in image.meta},
             }
         )
     except MedsegError as error:
@@ -174,8 +186,8 @@ def _do(
         entry = entry.model_copy(update={"code": "INTERNAL", "message": message})
     if entry.state != "done":
         # A mask of an earlier input or model must not pass for the result of this one.
-        for _, exporter in EXPORTERS.items():
-            (ledger.out / f"{study.id}{exporter.suffix}").unlink(missing_ok=True)
+        for suffix in (*(exporter.suffix for _, exporter in EXPORTERS.items()), IMAGE_SUFFIX):
+            (ledger.out / f"{study.id}{suffix}").unlink(missing_ok=True)
     ledger.journal(study.id, {"seconds": round(time.monotonic() - began, 3)})
     ledger.write(entry)
     return entry
@@ -188,23 +200,30 @@ def _with_earlier(formats: Sequence[str], study: StudyInput, ledger: Ledger) -> 
     return tuple(n for n, row in EXPORTERS.items() if n in formats or f"{study.id}{row.suffix}" in known)
 
 
-def _write(result: Result, formats: Sequence[str], out: Path, study: str) -> tuple[dict[str, str], tuple[str, ...]]:
+def _write(placed: Placed, formats: Sequence[str], out: Path, study: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """Write a result in every format; return file name -> SHA-256, and the notes of the exporters, each once."""
     outputs: dict[str, str] = {}
     notes: dict[str, None] = {}
     for name in formats:
         file = out / f"{study}{EXPORTERS[name].suffix}"
+        result = placed.dicom if EXPORTERS[name].dicom else placed.nifti
         notes |= dict.fromkeys(EXPORTERS[name].write(file, result))
         outputs[file.name] = file_digest(file)
+    image = out / f"{study}{IMAGE_SUFFIX}"
+    image.unlink(missing_ok=True)
+    if placed.image is not None and "nifti" in formats:
+        write_nifti(image, placed.image)
+        outputs[image.name] = file_digest(image)
     return outputs, tuple(notes)
 
 
 def _read(study: StudyInput, spec: Spec) -> Volume:
     if study.channels:
-        return read_chosen(spec, dict(zip(spec.channels, study.channels, strict=True)))
+        return read_chosen(spec, dict(zip(spec.channels, study.channels, strict=True)), allow=study.allow)
     if study.series is not None:
-        return read_series(study.series, suv=next(iter(spec.channels.values())).suv)
-    return read_channels(spec, study.images)
+        suv = next(iter(spec.channels.values())).suv
+        return read_series(study.series, suv=suv, allow=study.allow)
+    return read_channels(spec, study.images, allow=study.allow)
 
 
 def refuse_constant(image: Volume, spec: Spec) -> None:

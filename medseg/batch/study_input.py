@@ -8,6 +8,7 @@ from pathlib import Path
 from medseg.errors import MedsegError
 from medseg.files import digest
 from medseg.preparation.cache import source_digest
+from medseg.readers.allowances import Allowance
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.spec import Case
 
@@ -23,6 +24,7 @@ class StudyInput:
     series : the DICOM series on whose grid the mask lies, if it is one.
     origin : where it was found, for the linkage table and the terminal only.
     channels : one series per channel, where rules chose them in a DICOM study.
+    allow : what its dataset allows to be corrected.
     refusal : why it will not be read: its channels could not be chosen, its files are lost, its archive is bad.
     """
 
@@ -31,6 +33,7 @@ class StudyInput:
     series: SeriesFiles | None
     origin: Path
     channels: tuple[SeriesFiles, ...] = field(default=(), repr=False)
+    allow: frozenset[Allowance] = frozenset()
     refusal: MedsegError | None = field(default=None, compare=False)
 
     @property

@@ -29,7 +29,6 @@ from medseg.exporters.dicom_source import (
 )
 from medseg.exporters.outlines import filled, outlines
 from medseg.exporters.result import Result, read_back_error
-from medseg.volume import Volume
 
 OFF_PLANE = 0.01
 """How far a point may lie off its slice when it is read back, in slices: decimal strings are rounded."""
@@ -93,7 +92,7 @@ def build_rtstruct(result: Result, images: list[Dataset]) -> Dataset:
                 ROIGenerationDescription=f"medseg {made_by['software_versions']}",
             )
         )
-        dataset.ROIContourSequence.append(_contours(result.mask, segment, images))
+        dataset.ROIContourSequence.append(_contours(result, segment, images))
         dataset.RTROIObservationsSequence.append(_observation(segment.number, segment.type))
     dataset.file_meta = FileMetaDataset()
     # In explicit syntaxes a contour may not have more than 64 KiB.
@@ -128,16 +127,15 @@ def _observation(number: int, code: Code) -> Dataset:
     )
 
 
-def _contours(mask: Volume, segment: Segment, images: list[Dataset]) -> Dataset:
+def _contours(result: Result, segment: Segment, images: list[Dataset]) -> Dataset:
     """Return the contours of one label, slice by slice."""
     roi = item(ReferencedROINumber=segment.number)
     if segment.color is not None:
         roi.ROIDisplayColor = list(bytes.fromhex(segment.color[1:]))
     rows = []
-    for k, image in enumerate(images):
-        for polygon in outlines(mask.array[0, :, :, k] == segment.value):
-            index = np.c_[polygon, np.full(len(polygon), k)]
-            points = (index @ mask.affine[:3, :3].T + mask.affine[:3, 3]) * LPS_TO_RAS
+    for k, (image, plane) in enumerate(zip(images, result.planes, strict=True)):
+        for polygon in outlines(result.mask.array[0, :, :, k] == segment.value):
+            points = np.c_[polygon, np.ones(len(polygon))] @ plane.T * LPS_TO_RAS
             rows.append(
                 item(
                     ContourImageSequence=[_image(image)],
@@ -162,22 +160,23 @@ def check_rtstruct(path: Path, *, name: str, result: Result) -> None:
     """
     dataset = pydicom.dcmread(path)
     values = list(result.spec.foreground.values())
-    to_index = np.linalg.inv(result.mask.affine)
+    planes = result.planes
+    normal = np.cross(planes[0, :, 0], planes[0, :, 1])
+    depths = planes[:, :, 2] @ (normal / np.linalg.norm(normal))
+    gap = float(np.abs(np.diff(depths)).min())
     for roi in dataset.ROIContourSequence:
         polygons: dict[int, list[Any]] = {}
         for contour in roi.get("ContourSequence", ()):
             points = np.array(contour.ContourData, np.float64).reshape(-1, 3) * LPS_TO_RAS
-            index = points @ to_index[:3, :3].T + to_index[:3, 3]
-            k = round(float(index[0, 2]))
-            if np.abs(index[:, 2] - k).max() > OFF_PLANE:
+            depth = points @ (normal / np.linalg.norm(normal))
+            k = int(np.abs(depths - depth[0]).argmin())
+            if np.abs(depth - depths[k]).max() > OFF_PLANE * gap:
                 raise read_back_error(name, f"a contour lies off slice {k + 1}")
-            polygons.setdefault(k, []).append(index[:, :2])
+            polygons.setdefault(k, []).append((points - planes[k, :, 2]) @ np.linalg.pinv(planes[k, :, :2]).T)
         wanted = result.mask.array[0] == values[int(roi.ReferencedROINumber) - 1]
         for k in range(result.mask.shape[2]):
             found = filled(polygons.pop(k, []), result.mask.shape[:2])
             if not np.array_equal(found, wanted[:, :, k]):
                 raise read_back_error(name, f"{np.count_nonzero(found ^ wanted[:, :, k])} voxels of slice {k + 1}")
-        if polygons:
-            raise read_back_error(name, "contours outside of the image")
     if len(dataset.ROIContourSequence) != len(values):
         raise read_back_error(name, f"{len(dataset.ROIContourSequence)} structures")

@@ -62,7 +62,7 @@ def draw_page(result: Result) -> Page:
     ]
     version = equipment(result)["software_versions"]
     footer = f"medseg {version}    model {result.spec.name}    {result.model[:HASH_LETTERS]}"
-    return overlay_page(result.image, result.mask, rows, footer=footer)
+    return overlay_page(result.image, result.on_image, rows, footer=footer)
 
 
 def build_sc(result: Result, images: list[Dataset], *, page: Page) -> Dataset:

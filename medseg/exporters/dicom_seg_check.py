@@ -19,7 +19,6 @@ from pydicom.pixels.utils import unpack_bits
 from medseg.exporters.dicom_codes import label_segments, soft_segments
 from medseg.exporters.dicom_source import LPS_TO_RAS, ON_GRID_MM
 from medseg.exporters.result import Result, read_back_error
-from medseg.volume import Volume
 
 FULL = 255
 """What stands for a probability of 1."""
@@ -46,7 +45,7 @@ def check_labels(path: Path, *, name: str, result: Result) -> None:
     """
     mask = result.mask.array[0]
     wanted = {s.number: lambda k, value=s.value: mask[:, :, k] == value for s in label_segments(result.spec)}
-    _check(pydicom.dcmread(path), name, result.mask, wanted)
+    _check(pydicom.dcmread(path), name, result, wanted)
 
 
 def check_fractional(path: Path, *, name: str, result: Result) -> None:
@@ -65,31 +64,31 @@ def check_fractional(path: Path, *, name: str, result: Result) -> None:
         s.number: lambda k, n=s.number: np.rint(soft[n - 1, :, :, k] * np.float32(FULL))
         for s in soft_segments(result.spec)
     }
-    _check(dataset, name, result.mask, wanted)
+    _check(dataset, name, result, wanted)
 
 
-def _check(dataset: Dataset, name: str, grid: Volume, wanted: Wanted) -> None:
+def _check(dataset: Dataset, name: str, result: Result, wanted: Wanted) -> None:
     numbers = [int(row.SegmentNumber) for row in dataset.SegmentSequence]
     if [number for number in numbers if number] != list(wanted):
         raise read_back_error(name, f"segments {numbers}")
     frame_kinds = {0} if dataset.SegmentationType == "LABELMAP" else set(wanted)
     found, expected = _Mass(), _Mass()
     wrong, seen = 0, set()
+    planes, size = result.planes, result.mask.shape[:2]
     for frame in _frames(dataset):
-        k, off = _slice_of(grid, frame.to_ras)
+        k, off = _slice_of(planes, size, frame.to_ras)
         if frame.segment not in frame_kinds or off > ON_GRID_MM or (frame.segment, k) in seen:
             what = f"a frame of segment {frame.segment} lies {off:.3f} mm off its slice, or is there twice"
             raise read_back_error(name, what)
         seen.add((frame.segment, k))
-        own = grid.affine[:3, [0, 1, 3]] + np.outer(grid.affine[:3, 2], (0, 0, k))
         for number, values in _parts(frame, wanted):
             due = wanted[number](k)
             wrong += int(np.count_nonzero(due != values.T))
             found.add(number, values, frame.to_ras)
-            expected.add(number, due.T, own)
+            expected.add(number, due.T, planes[k])
         if not frame.segment and frame.values.max(initial=0) > max(wanted):
             raise read_back_error(name, f"the value {frame.values.max()}")
-    if wrong or len(seen) != len(frame_kinds) * grid.shape[2]:
+    if wrong or len(seen) != len(frame_kinds) * len(planes):
         raise read_back_error(name, f"{wrong} voxels differ, {len(seen)} frames")
     for number in wanted:
         if np.abs(found.centroid(number) - expected.centroid(number)).max() > ON_GRID_MM:
@@ -150,13 +149,9 @@ _GROUPS = (
 )
 
 
-def _slice_of(mask: Volume, to_ras: NDArray[np.float64]) -> tuple[int, float]:
-    """Return which slice of the mask a frame is nearest to, and how far (mm) its corners lie from that slice's."""
-    k = round(float((np.linalg.inv(mask.affine) @ [*to_ras[:, 2], 1])[2]))
-    if not 0 <= k < mask.shape[2]:
-        return 0, np.inf
-    right, down = mask.shape[0] - 1, mask.shape[1] - 1
-    corners = np.array([(0, 0), (right, 0), (0, down), (right, down)], np.float64)
-    frame = to_ras @ np.c_[corners, np.ones(4)].T
-    own = mask.affine[:3] @ np.c_[corners, np.full(4, k), np.ones(4)].T
-    return k, float(np.linalg.norm(frame - own, axis=0).max())
+def _slice_of(planes: NDArray[np.float64], size: tuple[int, int], to_ras: NDArray[np.float64]) -> tuple[int, float]:
+    """Return which slice (K, 3, 3) a frame is nearest to, and how far (mm) its corners lie from that slice's."""
+    k = int(np.linalg.norm(planes[:, :, 2] - to_ras[:, 2], axis=1).argmin())
+    right, down = size[0] - 1, size[1] - 1
+    corners = np.array([(0, 0, 1), (right, 0, 1), (0, down, 1), (right, down, 1)], np.float64).T
+    return k, float(np.linalg.norm((to_ras - planes[k]) @ corners, axis=0).max())

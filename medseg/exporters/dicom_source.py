@@ -27,7 +27,7 @@ from medseg.exporters.dicom_codes import label_segments
 from medseg.exporters.dicom_frames import classic_headers, refer_to_frames
 from medseg.exporters.result import Result
 from medseg.files import write_atomically
-from medseg.readers.dicom_geometry import mean_directions, series_grid
+from medseg.readers.dicom_geometry import Stack, faults, mean_directions, series_stack
 from medseg.readers.dicom_header import Header, quiet
 from medseg.spec import Spec
 from medseg.volume import grid_distance
@@ -106,17 +106,16 @@ def source_images(result: Result) -> list[Dataset]:
     """
     series = result.need_series()
     headers = list({header.key: header for header in series.headers}.values())
-    grid = series_grid(headers)
-    shape = (headers[0].columns, headers[0].rows, len(headers))
-    if result.mask.shape != shape or grid_distance(shape, grid.affine, result.mask.affine) > ON_GRID_MM:
+    stack = series_stack(headers)
+    if not _on_slices(result, stack):
         raise ExportError(
-            f"the mask {result.mask.shape} does not lie on the grid of its series {shape}: a DICOM object must; "
-            "write NIfTI instead",
+            f"the mask {result.mask.shape} does not lie on the {len(headers)} slices of its series: a DICOM object "
+            "must; write NIfTI instead",
             code="NOT_ON_SOURCE_GRID",
         )
     directions = [format_number_as_ds(float(value)) for value in mean_directions(headers).ravel()]
     with quiet():
-        images = _slices([headers[index] for index in grid.order])
+        images = _slices([headers[index] for index in stack.order])
         for image in images:
             # Slices that the reader took for parallel are made exactly so: highdicom refuses the least difference.
             image.ImageOrientationPatient = directions
@@ -141,6 +140,17 @@ def _slices(headers: Sequence[Header]) -> list[Dataset]:
         rows = [whole] if own[0].frame is None else classic_headers(whole, own)
         images |= {header.key: row for header, row in zip(own, rows, strict=True)}
     return [images[header.key] for header in headers]
+
+
+def _on_slices(result: Result, stack: Stack) -> bool:
+    """Tell whether the mask lies on the slices: by one affine where they are even, tilted or not, else each by each."""
+    shape = (*stack.size, len(stack.order))
+    if result.mask.shape != shape:
+        return False
+    if result.stack is not None:
+        return bool(np.abs(result.stack.planes - stack.planes).max() < ON_GRID_MM)
+    even = faults(stack).keys() <= {"GANTRY_TILT"}
+    return even and grid_distance(shape, stack.affine, result.mask.affine) <= ON_GRID_MM
 
 
 def _completed(image: Dataset) -> Dataset:

@@ -64,13 +64,15 @@ def write_sr(path: Path, result: Result) -> tuple[str, ...]:
 
 def label_volumes(result: Result) -> dict[str, float]:
     """Return label -> mL, for every label of the spec."""
-    counts = {name: int(np.count_nonzero(result.mask.array == v)) for name, v in result.spec.foreground.items()}
-    return {name: round(n * result.mask.voxel_volume / 1000, DIGITS) for name, n in counts.items()}
+    mask = result.on_image
+    counts = {name: int(np.count_nonzero(mask.array == v)) for name, v in result.spec.foreground.items()}
+    return {name: round(n * mask.voxel_volume / 1000, DIGITS) for name, n in counts.items()}
 
 
 def label_statistics(result: Result, segment: Segment) -> dict[Code, float]:
     """Return statistic -> value of the source series inside a label; nothing where it has no voxel."""
-    values: NDArray[Any] = result.image.array[0][result.mask.array[0] == segment.value]
+    mask = result.on_image
+    values: NDArray[Any] = result.image.array[0][mask.array[0] == segment.value]
     if not values.size:
         return {}
     return {code: float(f"{float(function(values)):.7g}") for code, function in STATISTICS.items()}

@@ -1,4 +1,4 @@
-"""Masks as NIfTI files, read back before they count."""
+"""Masks, and images that they lie on, as NIfTI files, read back before they count."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medseg.volume import Volume, same_grid
 
 
 def write_nifti(path: Path, mask: Volume) -> None:
-    """Write a label map (1, I, J, K) as .nii.gz with its affine as sform and, where it is a rotation, as qform.
+    """Write a label map (or image; 1, I, J, K) as .nii.gz: its affine is the sform and, if a rotation, the qform.
 
     The file carries no time stamp, so that the same mask is the same bytes.
 

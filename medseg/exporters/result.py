@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medseg.errors import ExportError
+from medseg.readers.dicom_geometry import Stack
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.spec import Spec
 from medseg.volume import Volume
@@ -18,13 +22,17 @@ class Result:
 
     Attributes
     ----------
-    mask : (1, I, J, K) label values of `spec`, on the grid of the image.
+    mask : (1, I, J, K) label values of `spec`, on the grid of the image unless `measured` is there.
     spec : of the model.
     model : what the mask was made by: the digest of the model and the options that change its answer.
     image : (channels, I, J, K) what was segmented, on the grid of the mask; the first channel is that of `series`.
     series : the DICOM series that was segmented; None for other images.
     probabilities : (segments, I, J, K) float32 from 0 to 1, on the grid of the mask: one channel a label of the spec,
         or a region where it has regions, in its order; None unless an exporter asks for it (Exporter.soft).
+    stack : where each slice lies, for a mask on the slices of an uneven stack: its affine is then true of none but the
+        first and the last.
+    measured : the mask on the grid of `image`, where `mask` lies on the slices of a series that was corrected; volumes
+        and statistics are taken there.
     """
 
     mask: Volume
@@ -33,6 +41,23 @@ class Result:
     image: Volume
     series: SeriesFiles | None = field(default=None, repr=False)
     probabilities: Volume | None = None
+    stack: Stack | None = field(default=None, repr=False)
+    measured: Volume | None = None
+
+    @property
+    def on_image(self) -> Volume:
+        """The mask on the grid of `image`."""
+        return self.measured or self.mask
+
+    @property
+    def planes(self) -> NDArray[np.float64]:
+        """(K, 3, 3), of each slice of the mask: (column, row, 1) -> mm in RAS+."""
+        if self.stack is not None:
+            return self.stack.planes
+        affine, k = self.mask.affine, np.arange(self.mask.shape[2])[:, None]
+        origins = affine[:3, 3] + k * affine[:3, 2]
+        ways = np.broadcast_to(affine[:3, :2], (len(k), 3, 2))
+        return np.concatenate([ways, origins[:, :, None]], axis=2)
 
     def need_series(self) -> SeriesFiles:
         """Return the series; raise ExportError(NEEDS_DICOM) where there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from medseg.pacs.delivery import Destination, Stow, clean_scratch, try_to_delive
 from medseg.pacs.visits import remember, settled
 from medseg.pacs.web import Patience, Web
 from medseg.privacy import keyed_id
+from medseg.readers.allowances import Allowance
 from medseg.readers.series_rules import ALIASES
 from medseg.spec import Spec
 
@@ -40,6 +41,7 @@ class Options:
     out: Path
     mirror: bool | None = None
     formats: tuple[str, ...] = ("nifti",)
+    allow: frozenset[Allowance] = frozenset()
     destinations: tuple[Destination, ...] = ()
 
     @property
@@ -68,6 +70,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     choice: Choice | None = None,
     splits: Path | None = None,
     formats: Sequence[str] = ("nifti",),
+    allow: Collection[Allowance] = (),
     send: Sequence[str] = (),
     patience: Patience | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -96,7 +99,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     webs = [_web(address, [*addresses, *targets], patience) for address in addresses]
     stows = tuple(Stow(_web(target, [*addresses, *targets], patience)) for target in targets)
     loaded = model if isinstance(model, Model) else load_model(model)
-    options = Options(loaded, out, mirror, names, stows)
+    options = Options(loaded, out, mirror, names, frozenset(allow), stows)
     run = _Run()
     with locked(out / "private"), _scratch(out) as scratch:
         if paths:
@@ -108,6 +111,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
                 choice=choice,
                 splits=splits,
                 formats=names,
+                allow=allow,
                 progress=progress,
             )
             run.entries |= {entry.id: try_to_deliver(out, entry, stows) for entry in local.entries}
@@ -151,7 +155,7 @@ def _study(web: Web, uid: str, options: Options, scratch: Path) -> Iterator[Entr
             text = f"none of its {study.aside} series has a modality that the model is for"
             yield _entry(name, options, "refused", BatchError(text, code="NO_MATCHING_SERIES"))
             return
-        known = settled(options.out, study, recipe=options.recipe, formats=options.formats)
+        known = settled(options.out, study, recipe=options.recipe, formats=options.formats, allow=options.allow)
         entries = known or _fetch_and_segment(web, study, options, scratch)
         yield from (try_to_deliver(options.out, entry, options.destinations) for entry in entries)
     except MedsegError as error:
@@ -165,7 +169,12 @@ def _fetch_and_segment(web: Web, study: RemoteStudy, options: Options, scratch: 
     try:
         retrieve(web, study, folder)
         result = predict_files(
-            [folder], model=options.model, out=options.out, mirror=options.mirror, formats=options.formats
+            [folder],
+            model=options.model,
+            out=options.out,
+            mirror=options.mirror,
+            formats=options.formats,
+            allow=options.allow,
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -164,8 +164,6 @@ def load_settings(path: Path) -> ListenConfig:
             "authorities": placed_or_none(found.tls.authorities),
         }
     )
-    send = tuple(
-        target.model_copy(update={"authorities": placed_or_none(target.authorities)}) for target in found.send
-    )
+    send = tuple(target.model_copy(update={"authorities": placed_or_none(target.authorities)}) for target in found.send)
     places = {name: placed(getattr(found, name)) for name in ("track", "inbox", "out")}
     return found.model_copy(update={**places, "model": model, "tls": tls, "send": send})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from medseg.batch.ledger import Entry, Ledger
@@ -13,6 +13,7 @@ from medseg.cases import study_id
 from medseg.exporters import EXPORTERS
 from medseg.files import write_json, write_text
 from medseg.pacs.archive import RemoteStudy
+from medseg.readers.allowances import Allowance
 
 
 def remember(out: Path, study: RemoteStudy, entries: Sequence[Entry]) -> None:
@@ -23,12 +24,15 @@ def remember(out: Path, study: RemoteStudy, entries: Sequence[Entry]) -> None:
     (out / "ledger" / f"{study.id}.json").unlink(missing_ok=True)  # why it could not be done before
 
 
-def settled(out: Path, study: RemoteStudy, *, recipe: str, formats: Sequence[str]) -> list[Entry]:
+def settled(
+    out: Path, study: RemoteStudy, *, recipe: str, formats: Sequence[str], allow: Collection[Allowance] = ()
+) -> list[Entry]:
     """Return the entries of a study that was done before from the same instances; none where anything is amiss.
 
     Parameters
     ----------
     recipe, formats : what the results must have been made by, and in.
+    allow : what may be corrected now.
     """
     try:
         record = json.loads(_record(out, study).read_text(encoding="utf-8"))
@@ -41,7 +45,9 @@ def settled(out: Path, study: RemoteStudy, *, recipe: str, formats: Sequence[str
     for case in cases:
         before = ledger.read(case)
         names = tuple(f"{case}{EXPORTERS[name].suffix}" for name in formats)
-        entry = before and ledger.settled(case, input_digest=before.input_digest, model_digest=recipe, outputs=names)
+        entry = before and ledger.settled(
+            case, input_digest=before.input_digest, model_digest=recipe, outputs=names, allow=allow
+        )
         if not entry:
             return []
         entries.append(entry)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from medseg.errors import ReadError
+from medseg.readers.allowances import Allowance
 from medseg.readers.label_request import LabelReader, LabelRequest
 from medseg.readers.nifti import is_nifti, read_nifti
 from medseg.registry import Registry
@@ -20,25 +21,25 @@ class Reader:
     Attributes
     ----------
     can_read : path -> whether this reader is responsible for it (by name and kind, without opening it).
-    read : path -> Volume; raises ReadError or GeometryError with a reason code.
+    read : (path, what may be corrected) -> Volume; raises ReadError or GeometryError with a reason code.
     identifying : whether names on disk may identify a patient, so that case ids must be hashed.
     labels : reads masks of this kind where they are no label map of their own but name structures; None where
         `read` gives the label map.
-    read_suv : as `read`, and whether values are brought to SUV (None: if they are PET); None for files that do not
-        say what they hold.
+    read_series : as `read`, and whether values are brought to SUV (None: if they are PET), and what may be corrected by
+        resampling; None for files that do not say what they hold.
     """
 
     can_read: Callable[[Path], bool]
     read: Callable[[Path], Volume]
     identifying: bool = False
     labels: LabelReader | None = None
-    read_suv: Callable[[Path, bool | None], Volume] | None = None
+    read_series: Callable[[Path, bool | None, Collection[Allowance]], Volume] | None = None
 
 
-def _read_dicom(path: Path, suv: bool | None = False) -> Volume:
+def _read_dicom(path: Path, suv: bool | None = False, allow: Collection[Allowance] = ()) -> Volume:
     from medseg.readers.dicom_series import read_series
 
-    return read_series(path, suv=suv)
+    return read_series(path, suv=suv, allow=allow)
 
 
 def _read_dicom_labels(paths: tuple[Path, ...], request: LabelRequest) -> Volume:
@@ -72,12 +73,13 @@ def reader_for(path: Path) -> Reader:
     )
 
 
-def read_image(path: Path, *, suv: bool | None = False) -> Volume:
+def read_image(path: Path, *, suv: bool | None = False, allow: Collection[Allowance] = ()) -> Volume:
     """Read one image file or series folder as a Volume (C, I, J, K), whatever its format.
 
     Parameters
     ----------
     suv : bring the values of a DICOM series to SUV; None: if it is PET. Other kinds of files are taken as they are.
+    allow : what is corrected in a DICOM series by resampling instead of refused, see `read_series`.
 
     Raises
     ------
@@ -86,4 +88,4 @@ def read_image(path: Path, *, suv: bool | None = False) -> Volume:
     if not path.exists():
         raise ReadError(f"{path.name}: this file or folder does not exist", code="NOT_FOUND")
     reader = reader_for(path)
-    return reader.read(path) if reader.read_suv is None else reader.read_suv(path, suv)
+    return reader.read(path) if reader.read_series is None else reader.read_series(path, suv, allow)

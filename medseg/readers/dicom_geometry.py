@@ -79,6 +79,12 @@ class Stack:
         return float(np.degrees(np.arctan2(np.linalg.norm(aside[:2]), aside[2])))
 
     @property
+    def planes(self) -> NDArray[np.float64]:
+        """(N, 3, 3), of each slice: (column, row, 1) -> mm in RAS+."""
+        ways = np.broadcast_to((self.axes[:2] * np.array(self.spacing)[:, None]).T, (len(self.positions), 3, 2))
+        return np.asarray(LPS_TO_RAS @ np.concatenate([ways, self.positions[:, :, None]], axis=2))
+
+    @property
     def affine(self) -> Affine:
         """(4, 4), index -> mm in RAS+ where every slice lies an even step further; sheared where the stack leans.
 

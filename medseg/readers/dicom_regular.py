@@ -9,7 +9,7 @@ Other programs do the same: dcm2niix writes such images as _Tilt and _Eq (FILENA
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ MAX_GAP = 3.0
 """Widest gap that is bridged, in usual (median) gaps: two missing slices side by side."""
 MIN_SHARED = 0.5
 """Neighbouring slices must share at least this part of their field in each direction."""
+FIGURES = ("TiltDegrees", "SliceGaps", "SliceStep")
+"""What is said of a corrected series in its meta data: how it lay, and the step between its planes now."""
+LEAST_WEIGHT = 0.5
+"""A voxel has a value where at least the nearer of its two slices is."""
 FINEST_SHARE = 0.25
 """The step is the finest gap that this part of the gaps has, or a finer one."""
 
@@ -165,20 +169,37 @@ def to_upright(slices: NDArray[np.float32], grid: Upright, *, fill: float) -> ND
     """
     for n, (along, down) in enumerate(grid.parts):
         slices[0, :, :, n] = _moved(_moved(slices[0, :, :, n], along), down, axis=1)
-    columns, rows = slices.shape[1:3]
+    size = (slices.shape[1], slices.shape[2])
     array = np.full((1, grid.shape[2], grid.shape[1], grid.shape[0]), fill, np.float32).transpose(0, 3, 2, 1)
-    for k, (below, share) in enumerate(zip(grid.below, grid.share, strict=True)):
+    for k in range(grid.shape[2]):
         total = np.zeros(grid.shape[:2])
-        weight = np.zeros(grid.shape[:2])
-        for n, part in ((below, 1 - share), (below + 1, share)):
-            if part:
-                i, j = grid.corners[n]
-                block = (slice(i, i + columns), slice(j, j + rows))
-                total[block] += part * slices[0, :, :, n]
-                weight[block] += part
-        inside = weight >= 0.5
+        for n, part, block in _parts(grid, k, size):
+            total[block] += np.multiply(part, slices[0, :, :, n], dtype=np.float64)
+        weight = _weight(grid, k, size)
+        inside = weight >= LEAST_WEIGHT
         array[0, :, :, k][inside] = total[inside] / weight[inside]
     return array
+
+
+def covered(grid: Upright, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return (I, J, K): where `to_upright` finds a value in the slices, which have `size` (columns, rows)."""
+    return np.stack([_weight(grid, k, size) >= LEAST_WEIGHT for k in range(grid.shape[2])], axis=-1)
+
+
+def _weight(grid: Upright, k: int, size: tuple[int, int]) -> NDArray[np.float64]:
+    """Return what the slices that are there contribute to a plane: 1 where both neighbours (or the one on it) are."""
+    weight = np.zeros(grid.shape[:2])
+    for _, part, block in _parts(grid, k, size):
+        weight[block] += part
+    return weight
+
+
+def _parts(grid: Upright, k: int, size: tuple[int, int]) -> Iterator[tuple[int, float, tuple[slice, slice]]]:
+    """Return of each slice that a plane is made of its weight and the part of the plane that it covers."""
+    for n, part in ((grid.below[k], 1 - grid.share[k]), (grid.below[k] + 1, grid.share[k])):
+        if part:
+            i, j = (int(corner) for corner in grid.corners[n])
+            yield int(n), float(part), (slice(i, i + size[0]), slice(j, j + size[1]))
 
 
 def _moved(plane: NDArray[np.float32], part: float, axis: int = 0) -> NDArray[np.float32]:
@@ -191,10 +212,10 @@ def _moved(plane: NDArray[np.float32], part: float, axis: int = 0) -> NDArray[np
     return np.asarray((1 - abs(part)) * plane + abs(part) * neighbour, dtype=np.float32)
 
 
-def to_slices(labels: NDArray[np.integer[Any]], grid: Upright, size: tuple[int, int]) -> NDArray[np.integer[Any]]:
-    """Bring label values (1, I, J, K) on the grid back to the slices, (1, columns, rows, N): the nearest voxel's."""
+def to_slices(array: NDArray[Any], grid: Upright, size: tuple[int, int]) -> NDArray[Any]:
+    """Bring (C, I, J, K) on the grid back to the slices, (C, columns, rows, N): each voxel takes the nearest one's."""
     columns, rows = size
-    slices = np.zeros((1, columns, rows, len(grid.planes)), labels.dtype)
+    slices = np.zeros((len(array), columns, rows, len(grid.planes)), array.dtype)
     for n, (k, (i, j)) in enumerate(zip(grid.planes, grid.corners, strict=True)):
-        slices[0, :, :, n] = labels[0, i : i + columns, j : j + rows, k]
+        slices[..., n] = array[:, i : i + columns, j : j + rows, k]
     return slices
