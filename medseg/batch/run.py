@@ -101,6 +101,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     loaded = model if isinstance(model, Model) else load_model(model)
     info = loaded.bundle.info
     with opened_inputs(inputs, info.spec, choice=choice, splits=splits, out=out) as studies:
+        studies = [replace(study, allow=study.allow | set(allow)) for study in studies]
         return _predict_all(studies, loaded, out, mirror=mirror, formats=formats, progress=progress)
 
 
@@ -124,7 +125,6 @@ def _predict_all(
     for number, study in enumerate(studies):
         source = study.digest()
         names = tuple(f"{study.id}{EXPORTERS[name].suffix}" for name in formats)
-        study = replace(study, allow=study.allow | set(allow))
         entry = ledger.settled(
             study.id, input_digest=source, model_digest=recipe(info, mirror), outputs=names, allow=study.allow
         )
