@@ -3,7 +3,7 @@
 The network sees the corrected, upright volume. The grid of a stack that only leans is an affine (a sheared one), so
 all its masks lie on its slices. No affine describes uneven gaps: there the NIfTI mask lies on the corrected grid and
 the corrected image is written beside it, while DICOM objects, which say of each slice where it lies, hold each at its
-own place. The choice and its reasons: docs/decisions/0006-masks-of-corrected-series.md.
+own place. The choice and its reasons: docs/decisions/0008-masks-of-corrected-series.md.
 """
 
 from __future__ import annotations
