@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -71,19 +71,28 @@ def demo(
 
 @app.command()
 def check(
-    dataset: Dataset,
+    dataset: Annotated[Path, typer.Argument(help="Dataset, or folder of DICOM studies without labels.")],
     out: Annotated[Path | None, typer.Option(help="Folder for check.html and check.json.")] = None,
     splits: Splits = None,
+    read: Annotated[bool, typer.Option("--read", help="Of a folder of studies: decode the pixels, too.")] = False,
     json: Json = False,
 ) -> None:
-    """Is this dataset fit to learn from? Findings with reason codes; exit 1 if there are errors.
+    """Is this dataset fit to learn from? What is usable in this folder? Findings with reason codes.
+
+    A dataset exits 1 if there are errors. A folder of DICOM studies exits 0 if all series are usable, 3 if some are, 1
+    if none is.
 
     Example: medseg check data_specs/hippocampus.yaml --out check
     """
     from medseg.checking.run import check as run
     from medseg.checking.run import render
+    from medseg.checking.tree import is_tree
     from medseg.display import Display
 
+    if is_tree(dataset):
+        _check_tree(dataset, out=out, splits=splits, read=read, json=json)
+    if read:
+        raise ConfigError("--read is for folders of studies: the images of a dataset are always read")
     with Display(None if json else errors) as display:
         display.stage("checking")
         result = run(dataset, splits=splits, out=out, progress=display.counted)
@@ -94,6 +103,28 @@ def check(
         if result.page:
             say(f"Page: {result.page}")
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _check_tree(folder: Path, *, out: Path | None, splits: Path | None, read: bool, json: bool) -> NoReturn:
+    """Check a folder of DICOM studies."""
+    from medseg.checking.tree import check_tree
+    from medseg.checking.tree_page import terminal
+    from medseg.display import Display
+
+    if splits is not None:
+        raise ConfigError(f"--splits is for datasets, and {folder} has no dataset.yaml or dataset.json")
+    with Display(None if json else errors) as display:
+        display.stage("checking")
+        result = check_tree(folder, read=read, out=out, progress=display.counted)
+    if json:
+        typer.echo(result.to_json())
+    else:
+        console.print(terminal(result))
+        if not result.series:
+            say("A dataset would be a spec file, or a folder with dataset.yaml or dataset.json.")
+        if result.page:
+            say(f"Page: {result.page}")
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()

@@ -23,7 +23,7 @@ class Tree:
     ----------
     files : regular files and links to such, each once, in the order of their names.
     locked : folders that may not be listed, links to what is not there.
-    skipped : kind of what is not looked into -> how many ("linked folder", "pipe or device").
+    skipped : kind of what is not looked into -> how many ("linked folders", "pipes and devices").
     """
 
     files: list[Path] = field(default_factory=list)
@@ -69,7 +69,7 @@ def _enter(root: str, tree: Tree, seen: set[str]) -> None:
         elif entry.is_symlink():
             _linked(entry.path, tree, seen)
         elif not entry.is_dir(follow_symlinks=False):
-            tree.skipped["pipe or device"] += 1
+            tree.skipped["pipes and devices"] += 1
         elif not entry.name.startswith(SCRATCH_PREFIX):
             open_folders.append(iter(_listed(entry.path, tree)))
 
@@ -96,7 +96,7 @@ def _other(place: str, mode: int, tree: Tree, seen: set[str]) -> None:
     if stat.S_ISREG(mode):
         _add(place, tree, seen)
     else:
-        tree.skipped["linked folder" if stat.S_ISDIR(mode) else "pipe or device"] += 1
+        tree.skipped["linked folders" if stat.S_ISDIR(mode) else "pipes and devices"] += 1
 
 
 def _add(place: str, tree: Tree, seen: set[str]) -> None:

@@ -25,16 +25,16 @@ class Found:
     ----------
     series : readable and refused ones, localizers included (refused), in the order found.
     ignored : kinds of DICOM object without an image grid of their own -> how many ("Segmentation Storage": 2).
-    not_dicom : number of files that are no DICOM.
     damaged : DICOM files that cannot be parsed; series to which they may belong are refused.
     lost : damaged files that belong to no series found, and folders that may not be listed.
+    others : the files that are no DICOM.
     skipped : kind of what is not looked into (linked folders, pipes and devices) -> how many.
     labels : headers of the SEG and RTSTRUCT objects among the ignored.
     """
 
     series: tuple[SeriesFiles, ...]
     ignored: dict[str, int]
-    not_dicom: int
+    others: tuple[Path, ...] = field(repr=False)
     damaged: tuple[Path, ...] = field(repr=False)
     lost: tuple[Lost, ...] = ()
     skipped: dict[str, int] = field(default_factory=dict)
@@ -49,9 +49,14 @@ class Found:
         parts += [f"{count} {name}" for name, count in sorted(self.ignored.items())]
         parts += [f"{len(self.damaged)} damaged files"] * bool(self.damaged)
         parts += [f"{sum(not part.files for part in self.lost)} folders that may not be listed"] * self.locked
-        parts += [f"{count} times a {kind}" for kind, count in sorted(self.skipped.items())]
+        parts += [f"{count} {kind}" for kind, count in sorted(self.skipped.items())]
         parts += [f"{self.not_dicom} files that are not DICOM"] * bool(self.not_dicom)
         return ", ".join(parts)
+
+    @property
+    def not_dicom(self) -> int:
+        """How many files are no DICOM."""
+        return len(self.others)
 
     @property
     def locked(self) -> bool:
@@ -83,12 +88,12 @@ def scan(paths: Path | Iterable[Path]) -> Found:
     files, locked = tree.files, [path for path in tree.locked if path.is_dir()]
     groups: dict[str, list[Header]] = {}
     damages = [Damage(path) for path in tree.locked if not path.is_dir() and may_be_slice(path.name)]
-    not_dicom = 0
-    for outcome in read_all(files):
+    others: list[Path] = []
+    for path, outcome in zip(files, read_all(files), strict=True):
         if isinstance(outcome, Damage):
             damages.append(outcome)
         elif outcome is None:
-            not_dicom += 1
+            others.append(path)
         else:
             groups.setdefault(outcome.series_uid, []).append(outcome)
     ignored: Counter[str] = Counter()
@@ -96,13 +101,13 @@ def scan(paths: Path | Iterable[Path]) -> Found:
     series: list[SeriesFiles] = []
     for uid, headers in groups.items():
         images = [header for header in headers if is_image(header)]
-        others = [header for header in headers if not is_image(header)]
+        objects = [header for header in headers if not is_image(header)]
         series += series_of(images) if images else []
         if images:  # a series holds one kind of object: what claims to be another is a damaged image
-            damages += [Damage(header.path, uid) for header in others]
+            damages += [Damage(header.path, uid) for header in objects]
         else:
-            ignored.update(header.class_name for header in others)
-            labels += [header for header in others if header.sop_class in LABEL_STORAGE]
+            ignored.update(header.class_name for header in objects)
+            labels += [header for header in objects if header.sop_class in LABEL_STORAGE]
     judged, lost = judge(series, damages, locked)
     damaged = tuple(damage.path for damage in damages)
-    return Found(judged, dict(ignored), not_dicom, damaged, lost, dict(tree.skipped), tuple(labels))
+    return Found(judged, dict(ignored), tuple(others), damaged, lost, dict(tree.skipped), tuple(labels))

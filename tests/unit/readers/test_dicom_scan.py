@@ -65,7 +65,7 @@ def test_links_are_followed_to_files_and_counted_to_folders(tmp_path: Path) -> N
     (tree / "notes.txt").symlink_to(tmp_path / "nothing.txt")
     found = scan(tree)
     assert (codes(found), len(found.series[0].files)) == ([""], 6)
-    assert found.skipped == {"linked folder": 2}
+    assert found.skipped == {"linked folders": 2}
     linked = tmp_path / "link"
     linked.symlink_to(tree)
     assert codes(scan(linked)) == [""], "a path that was named is followed"
@@ -85,7 +85,7 @@ def test_pipes_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "IM0009")
     (tmp_path / "null").symlink_to("/dev/null")
     found = scan(tmp_path)
-    assert (codes(found), found.skipped) == ([""], {"pipe or device": 2})
+    assert (codes(found), found.skipped) == ([""], {"pipes and devices": 2})
     assert scan(tmp_path / "IM0009").series == ()
 
 
