@@ -36,7 +36,9 @@ from medseg.privacy import keyed_id
 from medseg.readers.dicom_identity import identify
 
 log = logging.getLogger("medseg.listen")
-TICK_SECONDS = 0.25
+TICK_SECONDS = 1.0
+LOOK_SECONDS = 10.0
+"""A study with nothing to do is looked at again after this time, or when something comes for it."""
 STATUS_SECONDS = 10.0
 ONCE = Patience(attempts=1)
 """The outbox tries again by itself, and meanwhile studies are segmented."""
@@ -67,8 +69,10 @@ class Station:
     counts: Counter[str] = field(default_factory=Counter)
     state: str = "running"
     busy: str = ""
+    look_seconds: float = LOOK_SECONDS
 
     def __post_init__(self) -> None:
+        self._looked: dict[str, tuple[float | None, float]] = {}
         self._rests: dict[str, Rest] = {}
         self._said: set[tuple[str, str]] = set()
         self._started = _now()
@@ -80,7 +84,14 @@ class Station:
         for study in self.inbox.studies():
             if stop is not None and stop.is_set():
                 break
-            did |= self._look_at(study)
+            came, now = self.inbox.last.get(study), self.inbox.clock()
+            before, until = self._looked.get(study, (None, now))
+            if before == came and now < until:
+                continue
+            acted = self._look_at(study)
+            did |= acted
+            if not acted and self.inbox.is_quiet(study, self.settings.quiet_seconds):
+                self._looked[study] = (came, now + self.look_seconds)
         if stop is None or not stop.is_set():
             did |= self.outbox.send() > 0
         self.write_status()
@@ -126,9 +137,10 @@ class Station:
         entries, code = self._segment(found)
         for entry in entries:
             self._say(study, f"{entry.id} {entry.state} {entry.code}".rstrip())
-        self.outbox.put(study, [entry.id for entry in entries])
+        if done := [entry.id for entry in entries if entry.state == "done"]:
+            self.outbox.put(study, done)
         failed = code or next((entry.code for entry in entries if entry.state == "failed"), "")
-        outcome = "failed" if failed else "done" if any(e.state == "done" for e in entries) else "refused"
+        outcome = "failed" if failed else "done" if done else "refused"
         self.counts[outcome] += 1
         if outcome == "failed":
             rest.failed(self.inbox.clock())

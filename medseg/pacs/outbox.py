@@ -86,13 +86,13 @@ class Outbox:
     def _try(self, study: str, destination: Destination) -> bool:
         """Send the results of a study to one destination if it is time; tells whether it has them all."""
         whole, alone = (destination.name, ""), (destination.name, study)
+        now = self.clock()
+        if any(key in self._rests and now < self._rests[key].until for key in (whole, alone)):
+            return False
         ledger = Ledger(self.out)
         entries = [entry for case in self._cases(study) if (entry := ledger.read(case)) and entry.state == "done"]
         if all(is_delivered(self.out, entry, destination) for entry in entries):
             return True
-        now = self.clock()
-        if any(key in self._rests and now < self._rests[key].until for key in (whole, alone)):
-            return False
         try:
             for entry in entries:
                 deliver(self.out, entry, destination)

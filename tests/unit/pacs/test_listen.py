@@ -49,6 +49,7 @@ def station(settings: Callable[..., ListenConfig], loaded: Model) -> Iterator[Bu
         for before in started:
             before.receiver.stop()  # type: ignore[union-attr]
         found = make_station(settings(**changes), loaded)
+        found.look_seconds = 0
         assert found.receiver is not None
         found.receiver.start()
         started.append(found)
@@ -178,6 +179,25 @@ def test_a_study_that_is_refused_does_not_stop_the_others(
     settle(found)
     assert (found.counts["refused"], found.counts["done"]) == (1, 1)
     is_done(found, peer)
+
+
+def test_a_study_at_rest_is_not_looked_at_all_the_time(
+    station: Build, peer: Any, port: int, make_study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make_study(0)
+    found = station(keep="1h")
+    found.look_seconds = 1000
+    peer.send(port, *files[:-1])
+    settle(found)
+    looks: list[str] = []
+    real = found.inbox.snapshot
+    monkeypatch.setattr(found.inbox, "snapshot", lambda study: looks.append(study) or real(study))
+    settle(found)
+    assert looks == []
+    peer.send(port, files[-1])
+    settle(found)
+    assert looks
+    assert found.counts["done"] == 2
 
 
 def test_an_internal_fault_is_tried_again_and_given_up(
