@@ -276,7 +276,7 @@ def listen(config: PathLike, *, stop: Event | None = None) -> None:
     """
     from threading import Event
 
-    from medseg.inference.predict import load_model
+    from medseg.inference.predict import load_model, ruled
     from medseg.pacs import need
     from medseg.pacs.listen import listen as run
     from medseg.pacs.settings import load_settings
@@ -284,6 +284,8 @@ def listen(config: PathLike, *, stop: Event | None = None) -> None:
     settings = load_settings(Path(config))
     need("pynetdicom")
     model = load_model(local_model(settings.model, track=settings.track))
+    if settings.channels is not None:
+        model = ruled(model, settings.channels)
     run(settings, model, stop or Event())
 
 

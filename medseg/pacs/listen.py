@@ -158,6 +158,7 @@ class Station:
                 out=self.settings.out,
                 mirror=self.settings.mirror,
                 formats=self.settings.formats,
+                allow=self.settings.allow,
             )
         except MedsegError as error:
             self._say(found.study, f"failed {error.code}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,7 @@ from medseg.duration import seconds
 from medseg.errors import ConfigError
 from medseg.exporters import EXPORTERS, choose_formats
 from medseg.pacs.address import is_loopback, parse_address
+from medseg.readers.allowances import Allowance
 
 TITLE = r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$"
 """An AE title: 1 to 16 printable characters, no backslash, no space at its ends (PS3.5 table 6.2-1)."""
@@ -73,7 +74,7 @@ class ListenConfig(Config):
     ----------
     ae_title, host, port : under which it is called; 127.0.0.1 is reached from this machine only.
     calling : AE titles that may send; empty: any.
-    model, track, mirror, formats : as for medseg predict.
+    model, track, mirror, formats, channels, allow : as for medseg predict.
     inbox, out : folders for what comes (private) and for results.
     quiet_seconds : a study that gets nothing for so long is segmented.
     keep : how long its images stay after its results were sent ("1h"; 0 deletes at once).
@@ -92,6 +93,8 @@ class ListenConfig(Config):
     track: Path = Path()
     mirror: bool | None = None
     formats: tuple[str, ...] = ("seg",)
+    channels: Path | None = None
+    allow: tuple[Allowance, ...] = ()
     inbox: Path
     out: Path
     quiet_seconds: float = Field(default=60, gt=0)
@@ -165,5 +168,6 @@ def load_settings(path: Path) -> ListenConfig:
         }
     )
     send = tuple(target.model_copy(update={"authorities": placed_or_none(target.authorities)}) for target in found.send)
-    places = {name: placed(getattr(found, name)) for name in ("track", "inbox", "out")}
+    places: dict[str, Any] = {name: placed(getattr(found, name)) for name in ("track", "inbox", "out")}
+    places["channels"] = placed_or_none(found.channels)
     return found.model_copy(update={**places, "model": model, "tls": tls, "send": send})

@@ -44,6 +44,7 @@ def test_defaults_are_safe(tmp_path: Path) -> None:
         ({"ae_title": "A\\B"}, "ae_title"),
         ({"formats": ["segg"]}, "did you mean"),
         ({"keep": "soon"}, "duration"),
+        ({"allow": ["anything"]}, "allow"),
         ({"send": [{"host": "a"}]}, "host, port and ae_title"),
         ({"send": [{"url": "dicomweb://a:geheim@h/x"}]}, "MEDSEG_DICOMWEB_USER"),
         ({"send": [{"url": "dicomweb://h/x/studies/1.2"}]}, "as a whole"),
