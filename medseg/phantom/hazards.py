@@ -260,6 +260,9 @@ READ: dict[str, Hazard] = {
     "CT, another rescale on one slice": _read(d.one(d.halved_scale, index=2), "RESCALE_VARIES"),
     "CT without rescale": _read(d.each(d.without_rescale), "NO_RESCALE"),
     "signed 14 bits, dirty high bits": _read(d.each(d.fourteen_bits)),
+    "big endian, signed 14 bits, dirty high bits": _read(
+        d.then(d.each(d.fourteen_bits), d.rewritten(uid.ExplicitVRBigEndian, little=False))
+    ),
     "unsigned 16 bits": _read(d.each(d.unsigned)),
     "real-world value map beside the rescale": _read(d.each(d.real_world_map), "REAL_WORLD_MAP"),
     "derived": _read(d.each(d.put(ImageType=["DERIVED", "SECONDARY"])), "DERIVED"),

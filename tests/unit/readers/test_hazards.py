@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from medseg.errors import GeometryError, MedsegError, ReadError
-from medseg.phantom.hazards import HAZARDS, READ, REFUSE, SPLIT, phantom
+from medseg.phantom.dicom import write_series
+from medseg.phantom.hazards import HAZARDS, READ, REFUSE, SPLIT, axes, phantom
 from medseg.phantom.verdicts import distance_to, verdict
 from medseg.readers.dicom_refusals import REFUSALS
 from medseg.readers.dicom_scan import find_series
@@ -30,6 +31,15 @@ def test_read_exactly(name: str, tmp_path: Path) -> None:
     assert volume.array.dtype == np.float32
 
 
+@pytest.mark.parametrize("codes", ["LPI", "RPS", "LAS", "AIL", "LSA", "SRP", "IPL"])
+def test_other_directions_are_read_exactly(codes: str, tmp_path: Path) -> None:
+    truth = phantom(axes(codes))
+    write_series(truth, tmp_path, modality="CT", shuffle=True)
+    values, place = distance_to(read_series(tmp_path), truth)
+    assert values == 0
+    assert place < 1e-6
+
+
 @pytest.mark.parametrize("name", SPLIT)
 def test_split_and_each_part_read_exactly(name: str, tmp_path: Path) -> None:
     hazard = SPLIT[name]
@@ -46,7 +56,8 @@ def test_split_and_each_part_read_exactly(name: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(GeometryError) as caught:
             read_series(tmp_path)
-        assert caught.value.code in ("MIXED_SERIES", "MIXED_MATRIX")
+        assert caught.value.code == ("MIXED_MATRIX" if "matrix" in name else "MIXED_SERIES")
+        assert "2 parts" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", REFUSE)
