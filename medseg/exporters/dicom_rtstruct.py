@@ -163,7 +163,7 @@ def check_rtstruct(path: Path, *, name: str, result: Result) -> None:
     planes = result.planes
     normal = np.cross(planes[0, :, 0], planes[0, :, 1])
     depths = planes[:, :, 2] @ (normal / np.linalg.norm(normal))
-    gap = float(np.abs(np.diff(depths)).min())
+    gap = float(np.abs(np.diff(depths)).min(initial=result.mask.spacing[2]))  # of one slice its thickness
     for roi in dataset.ROIContourSequence:
         polygons: dict[int, list[Any]] = {}
         for contour in roi.get("ContourSequence", ()):
