@@ -17,7 +17,7 @@ from medseg import api
 from medseg.errors import MedsegError
 from medseg.planning.plan import Measured, read_plan
 from medseg.readers.nifti import read_nifti
-from medseg.training import run as training
+from medseg.training import make_plan as planning
 
 Builder = Callable[..., Path]
 SETTINGS = (
@@ -39,7 +39,7 @@ ENOUGH = 0.6
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = Measured(device="cpu", threads=1, step_seconds={"narrow fp32": 0.05})
-    monkeypatch.setattr(training, "measure", lambda *args, **options: measured)
+    monkeypatch.setattr(planning, "measure", lambda *args, **options: measured)
 
 
 def journey(data: Path, root: Path, *settings: str, steps: int = STEPS) -> dict[str, float]:

@@ -19,6 +19,7 @@ from medseg.errors import ConfigError
 from medseg.planning.plan import Measured
 from medseg.retraining import read_decisions, tick
 from medseg.retraining.promotion import current_aliases
+from medseg.training import make_plan as planning
 from medseg.training import run as training
 from pipelines import batch_inference, retraining, validation_report
 
@@ -77,7 +78,7 @@ def hospital(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Builder) ->
     made = Hospital(tmp_path_factory.mktemp("hospital"), tiny_dataset)
     measured = Measured(device="cpu", threads=1, step_seconds={"narrow fp32": 0.05})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "measure", lambda *args, **options: measured)
+        patch.setattr(planning, "measure", lambda *args, **options: measured)
         first = invoke(retraining.app, "tick", made.job(**POOR))
         assert first.exit_code == 0, first.output
         yield made

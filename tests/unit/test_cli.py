@@ -19,7 +19,7 @@ import yaml
 from medseg import api, cli_options, display
 from medseg.cli import main
 from medseg.planning.plan import Measured
-from medseg.training import run
+from medseg.training import make_plan as planning
 
 VERBS = ["demo", "check", "plan", "train", "predict", "evaluate", "report", "retrain", "info"]
 MODELS = ["models list", "models promote", "models rollback"]
@@ -215,7 +215,7 @@ def test_plan_writes_a_file_that_train_follows(
     medseg: Callable[..., Answer], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Measured(device="cpu", threads=1, step_seconds={"narrow fp32": 0.05})
-    monkeypatch.setattr(run, "measure", lambda *args, **options: measured)
+    monkeypatch.setattr(planning, "measure", lambda *args, **options: measured)
     settings = ("--set", "batch_size=2", "--set", "network.options.features=[4, 8, 8]")
     answer = medseg("plan", place / "data", "--steps", 2, "--out", "p.yaml", *settings)
     assert answer.code == 0
