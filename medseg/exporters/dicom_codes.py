@@ -111,5 +111,5 @@ _TELLING_NOTES = ("NO_RESCALE", "NOT_HU", "SUV_BW")
 def quantity(image: Volume) -> tuple[Code, Code] | None:
     """Return what the values of an image measure and their unit; None for a modality of which we do not know it."""
     modality = image.meta.get("Modality", "")
-    unit = next((note for note in _TELLING_NOTES if note in image.notes), image.meta.get("Units", ""))
-    return _QUANTITIES.get((modality, unit)) or _QUANTITIES.get((modality, ""))
+    words = (*(note for note in _TELLING_NOTES if note in image.notes), image.meta.get("Units", ""), "")
+    return next((_QUANTITIES[modality, word] for word in words if (modality, word) in _QUANTITIES), None)

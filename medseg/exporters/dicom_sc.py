@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
+from medseg.errors import ExportError
 from medseg.exporters.dicom_codes import label_segments
 from medseg.exporters.dicom_source import (
     RESEARCH,
@@ -26,6 +27,7 @@ from medseg.exporters.dicom_source import (
 )
 from medseg.exporters.dicom_sr import label_volumes
 from medseg.exporters.result import Result, read_back_error
+from medseg.volume import same_grid
 
 HASH_LETTERS = 12
 Page = NDArray[np.uint8]
@@ -50,9 +52,19 @@ def write_sc(path: Path, result: Result) -> tuple[str, ...]:
 
 
 def draw_page(result: Result) -> Page:
-    """Return the page (rows, columns, 3): slices, outlines, the volume of each label, and what made them."""
+    """Return the page (rows, columns, 3): slices, outlines, the volume of each label, and what made them.
+
+    Raises
+    ------
+    ExportError : NOT_ON_SOURCE_GRID, the mask and the image do not lie on one grid.
+    """
     from medseg.plots import Structure, colours_for, overlay_page
 
+    if not same_grid(result.source, result.on_image):
+        raise ExportError(
+            "the mask does not lie on the grid of its image: no page shows both; leave sc out",
+            code="NOT_ON_SOURCE_GRID",
+        )
     segments = label_segments(result.spec)
     colours = colours_for((s.value for s in segments), {s.value: s.color for s in segments})
     volumes = label_volumes(result)
@@ -62,7 +74,7 @@ def draw_page(result: Result) -> Page:
     ]
     version = equipment(result)["software_versions"]
     footer = f"medseg {version}    model {result.spec.name}    {result.model[:HASH_LETTERS]}"
-    return overlay_page(result.image, result.on_image, rows, footer=footer)
+    return overlay_page(result.source, result.on_image, rows, footer=footer)
 
 
 def build_sc(result: Result, images: list[Dataset], *, page: Page) -> Dataset:

@@ -29,11 +29,12 @@ from medseg.exporters.result import Result
 from medseg.files import write_atomically
 from medseg.readers.dicom_geometry import Stack, faults, mean_directions, series_stack
 from medseg.readers.dicom_header import Header, quiet
+from medseg.readers.dicom_index import OWN_MANUFACTURER
 from medseg.spec import Spec
 from medseg.volume import grid_distance
 
 RESEARCH = "RESEARCH USE"
-MANUFACTURER = "medseg"
+MANUFACTURER = OWN_MANUFACTURER
 SERIES_NUMBERS = {"SEG": 9001, "RTSTRUCT": 9002, "SR": 9003, "LABELMAP": 9004, "FRACTIONAL": 9005, "SC": 9006}
 """Kind of object -> number of its series: each kind is a series of its own."""
 LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])

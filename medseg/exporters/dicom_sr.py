@@ -71,8 +71,7 @@ def label_volumes(result: Result) -> dict[str, float]:
 
 def label_statistics(result: Result, segment: Segment) -> dict[Code, float]:
     """Return statistic -> value of the source series inside a label; nothing where it has no voxel."""
-    mask = result.on_image
-    values: NDArray[Any] = result.image.array[0][mask.array[0] == segment.value]
+    values: NDArray[Any] = result.source.array[0][result.on_image.array[0] == segment.value]
     if not values.size:
         return {}
     return {code: float(f"{float(function(values)):.7g}") for code, function in STATISTICS.items()}
@@ -112,7 +111,7 @@ def _group(result: Result, segment: Segment, volume: float) -> sr.VolumetricROIM
     series = result.need_series()
     uid, text = tracking(result, segment.name)
     measurements = [sr.Measurement(name=codes.SCT.Volume, value=volume, unit=MILLILITRE)]
-    if (measured := quantity(result.image)) is not None:
+    if (measured := quantity(result.source)) is not None:
         what, unit = measured
         measurements += [
             sr.Measurement(name=what, value=value, unit=unit, derivation=statistic)
@@ -144,7 +143,7 @@ def check_sr(path: Path, *, name: str, result: Result) -> None:
     ------
     ExportError : READ_BACK.
     """
-    volumes, measured = label_volumes(result), quantity(result.image)
+    volumes, measured = label_volumes(result), quantity(result.source)
     wanted: dict[int, Measurements] = {}
     for segment in label_segments(result.spec):
         wanted[segment.number] = {VOLUME: (volumes[segment.name], MILLILITRE.value)}

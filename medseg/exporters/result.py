@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ class Result:
     mask : (1, I, J, K) label values of `spec`, on the grid of the image unless `measured` is there.
     spec : of the model.
     model : what the mask was made by: the digest of the model and the options that change its answer.
-    image : (channels, I, J, K) what was segmented, on the grid of the mask; the first channel is that of `series`.
+    image : (channels, I, J, K) what was segmented, in the order of the spec; its grid, notes and meta are those of the
+        spec's reference channel.
     series : the DICOM series that was segmented; None for other images.
     probabilities : (segments, I, J, K) float32 from 0 to 1, on the grid of the mask: one channel a label of the spec,
         or a region where it has regions, in its order; None unless an exporter asks for it (Exporter.soft).
@@ -58,6 +59,12 @@ class Result:
         origins = affine[:3, 3] + k * affine[:3, 2]
         ways = np.broadcast_to(affine[:3, :2], (len(k), 3, 2))
         return np.concatenate([ways, origins[:, :, None]], axis=2)
+
+    @property
+    def source(self) -> Volume:
+        """The channel (1, I, J, K) of the image that is `series`: the reference channel of the spec."""
+        channel = list(self.spec.channels).index(self.spec.reference_channel)
+        return replace(self.image, array=self.image.array[channel : channel + 1])
 
     def need_series(self) -> SeriesFiles:
         """Return the series; raise ExportError(NEEDS_DICOM) where there is none."""

@@ -11,10 +11,7 @@ from pydicom.dataset import Dataset
 
 from medseg.errors import ReadError
 from medseg.readers.dicom_header import PARSE_ERRORS, known_class, quiet
-from medseg.readers.dicom_index import LABELMAP_STORAGE
-
-OWN_MANUFACTURER = "medseg"
-"""What our own results carry as Manufacturer (medseg.exporters)."""
+from medseg.readers.dicom_index import LABELMAP_STORAGE, OWN_MANUFACTURER
 
 _TAGS: list[Any] = [
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Manufacturer", "Modality"),

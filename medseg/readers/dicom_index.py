@@ -27,6 +27,8 @@ PICTURES = (
 )
 """Classes whose images may be colour pictures of CT, MR or PET that lie in the patient."""
 MODALITIES = ("CT", "MR", "PT")
+OWN_MANUFACTURER = "medseg"
+"""Who stands as the maker in what medseg writes."""
 LABELMAP_STORAGE = uid.UID("1.2.840.10008.5.1.4.1.1.66.7")
 """Label Map Segmentation Storage (2024), which pydicom 3.0 does not know by name."""
 LABEL_STORAGE = (uid.SegmentationStorage, LABELMAP_STORAGE, uid.RTStructureSetStorage)
@@ -75,7 +77,12 @@ class SeriesFiles:
 
 
 def is_image(header: Header) -> bool:
-    """Tell images from objects that refer to images (SEG, RTSTRUCT, SR, presentation states, raw data)."""
+    """Tell images from objects that refer to images (SEG, RTSTRUCT, SR, presentation states, raw data), and from ours.
+
+    A page of pictures that medseg made lies in the study that it shows, and is no further image of the patient.
+    """
+    if header.meta.get("Manufacturer") == OWN_MANUFACTURER:
+        return False
     private = header.class_name == "private" and header.rows > 0
     if not header.series_uid or header.sop_class == LABELMAP_STORAGE:
         return False

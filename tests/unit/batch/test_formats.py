@@ -61,6 +61,13 @@ def test_both_formats_hold_the_same_mask(loaded: Model, tree: Path, tmp_path: Pa
             assert b"CANARY" not in file.read_bytes(), file
 
 
+def test_results_below_the_input_are_no_inputs(loaded: Model, tree: Path, tmp_path: Path) -> None:
+    (tree / "c0.nii.gz").unlink()
+    (first,) = predict([tree], model=loaded, out=tree / "out", formats=list(EXPORTERS)).entries
+    (second,) = predict([tree], model=loaded, out=tmp_path / "elsewhere").entries
+    assert (first.id, first.state, second.state) == (second.id, "done", "done")
+
+
 CANARIES = {
     "PatientName": "CANARY^NAME",
     "PatientID": "CANARY-ID",

@@ -104,6 +104,15 @@ def test_a_wrong_file_is_never_left(
     assert not list(tmp_path.glob("*.dcm"))
 
 
+def test_mask_and_image_on_two_grids_are_not_drawn(dicom_result: Build, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in")
+    moved = result.image.affine.copy()
+    moved[2, 3] += 1
+    with pytest.raises(ExportError) as caught:
+        write_sc(tmp_path / "x.sc.dcm", replace(result, image=replace(result.image, affine=moved)))
+    assert caught.value.code == "NOT_ON_SOURCE_GRID"
+
+
 def test_it_needs_a_series(dicom_result: Build, tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         write_sc(tmp_path / "x.sc.dcm", replace(dicom_result(tmp_path / "in"), series=None))

@@ -111,6 +111,19 @@ def test_statistics_of_known_values(
     assert found["torso lesion"]["Standard Deviation"][0] == 0.0
 
 
+def test_statistics_are_those_of_the_channel_on_whose_series_the_mask_lies(dicom_result: Build, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in")
+    own = result.image.array
+    channels = {"channels": {"adc": {}, "t2": {}}, "reference": "t2"}
+    spec = result.spec.model_validate({**result.spec.model_dump(exclude_none=True), **channels})
+    # Notes are those of all channels: what a PET or a CT beside it is measured in says nothing of this one.
+    image = replace(result.image, array=np.concatenate([own * 0 - 1, own]), notes=("NO_RESCALE", "SUV_BW"))
+    write_sr(tmp_path / "x.sr.dcm", replace(result, spec=spec, image=image))
+    mean, unit, name = groups(tmp_path / "x.sr.dcm")["torso liver"]["Mean"]
+    assert mean == pytest.approx(own[result.mask.array == 1].mean(), rel=1e-6)
+    assert (unit, name) == ("[arb'U]", "110852")
+
+
 def test_without_a_known_quantity_there_are_volumes_only(dicom_result: Build, tmp_path: Path) -> None:
     result = dicom_result(tmp_path / "in")
     write_sr(tmp_path / "x.sr.dcm", replace(result, image=replace(result.image, meta={"Modality": "XA"})))
