@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
 from pydicom.uid import generate_uid
-from pydicom.valuerep import format_number_as_ds
+from pydicom.valuerep import format_number_as_ds, validate_value
 
 from medseg.errors import ExportError
 from medseg.exporters.dicom_codes import label_segments
@@ -50,6 +52,7 @@ _OF_STUDY = (
     "StudyInstanceUID StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName StudyDescription "
     "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex"
 )
+_PATIENT_GROUP = 0x0010
 _DATES = ("Content", "Acquisition", "Series", "Study")
 _UNKNOWN_DATE = "19000101"
 _OWN_DATES = (
@@ -160,9 +163,24 @@ def _completed(image: Dataset) -> Dataset:
     for keyword in _EMPTY.split():
         if keyword not in image:
             setattr(image, keyword, None)
+    for element in image:
+        if (element.tag.group == _PATIENT_GROUP or element.keyword in _EMPTY.split()) and not _is_valid(element):
+            element.value = None
     if not image.get("FrameOfReferenceUID"):
         image.FrameOfReferenceUID = generate_uid(entropy_srcs=["frame of reference", str(image.SeriesInstanceUID)])
     return image
+
+
+def _is_valid(element: DataElement) -> bool:
+    """Tell whether a value fits its VR: an age of "0Y", say, must not go on into an object of ours."""
+    values = element.value if isinstance(element.value, MultiValue) else [element.value]
+    try:
+        for value in values:
+            if value is not None and element.VR != "SQ":
+                validate_value(element.VR, value, pydicom.config.RAISE)
+    except ValueError:
+        return False
+    return True
 
 
 def derived_uid(result: Result, *words: str) -> str:

@@ -16,6 +16,7 @@ from pydicom.pixels import pixel_array
 from medseg.errors import ExportError
 from medseg.exporters import dicom_seg
 from medseg.exporters.dicom_seg import write_fractional, write_labelmap, write_seg
+from medseg.exporters.dicom_sr import write_sr
 from medseg.volume import Volume
 
 Build = Callable[..., Any]
@@ -407,3 +408,20 @@ def test_slices_that_do_not_say_how_thick_they_are_touch(dicom_result: Build, tm
     dataset = written(tmp_path, result)
     measures = dataset.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
     assert float(measures.SliceThickness) == pytest.approx(result.mask.spacing[2])
+
+
+@pytest.mark.parametrize("write", [write_seg, write_sr], ids=["seg", "sr"])
+def test_values_of_the_patient_that_fit_no_vr_are_left_empty(
+    dicom_result: Build, tmp_path: Path, write: Callable[..., Any]
+) -> None:
+    """A real series says "0Y" where an age has four characters: the source may, an object of ours may not."""
+    result = dicom_result(tmp_path / "in", PatientID="A1", PatientSize="1.80")
+    for file in result.series.files:
+        # Its bytes, since pydicom does not write what it knows to be wrong.
+        data = file.read_bytes()
+        at = data.index(b"\x10\x00\x20\x10DS")  # PatientSize follows PatientAge
+        file.write_bytes(data[:at] + b"\x10\x00\x10\x10AS\x02\x000Y" + data[at:])
+    write(tmp_path / "x.dcm", result)
+    found = pydicom.dcmread(tmp_path / "x.dcm")
+    assert not found.get("PatientAge")
+    assert found.PatientID == "A1"
