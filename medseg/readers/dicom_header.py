@@ -356,7 +356,9 @@ def _text(dataset: Dataset, keyword: str) -> str:
     """Return a value as text, several joined by a backslash as in the file, "" when absent or damaged."""
     try:
         value = dataset.get(keyword)
+        if value is None or type(value) is str:  # nearly all are; the next question is a slow one
+            return (value or "").strip()
         several = isinstance(value, (list, pydicom.multival.MultiValue))
-        return "" if value is None else "\\".join(map(str, value)) if several else str(value).strip()
+        return "\\".join(map(str, value)) if several else str(value).strip()
     except PARSE_ERRORS:
         return ""

@@ -30,10 +30,8 @@ META = {0x00020002: ("MediaStorageSOPClassUID", "UI"), 0x00020010: ("TransferSyn
 _SHORT = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _TEXT = {"AE", "AS", "CS", "DA", "DT", "LO", "SH", "TM", "UI"}
-_NUMBERS = {
-    "DS": re.compile(r" *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *"),
-    "IS": re.compile(r" *[+-]?\d+ *"),
-}
+_FRACTION, _WHOLE = r" *[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)? *", r" *[+-]?\d+ *"
+_NUMBERS = {vr: re.compile(rf"{one}(\\{one})*") for vr, one in {"DS": _FRACTION, "IS": _WHOLE}.items()}
 _BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 _PRINTABLE = re.compile(rb"[ -~]*")
 _TAG, _LENGTH = struct.Struct("<HH"), struct.Struct("<I")
@@ -255,19 +253,17 @@ def _value(raw: bytes, vr: str) -> Value:
     """Return a value as pydicom would, as far as `float` and `str` tell."""
     if vr in _BINARY:
         code = _BINARY[vr]
-        if len(raw) % struct.calcsize(code):
+        count, left = divmod(len(raw), struct.calcsize(code))
+        if left:
             raise Odd
-        numbers = struct.unpack(f"<{len(raw) // struct.calcsize(code)}{code}", raw)
+        numbers = struct.unpack(f"<{count}{code}", raw)
         return "" if not numbers else numbers[0] if len(numbers) == 1 else list(numbers)
     raw = raw.rstrip(b"\0 ")
     if not (vr in _TEXT or vr in _NUMBERS) or _PRINTABLE.fullmatch(raw) is None:
         raise Odd
-    parts = raw.decode("ascii").split("\\")
-    if vr in _NUMBERS:
-        if parts == [""]:
-            return ""
-        if not all(_NUMBERS[vr].fullmatch(part) for part in parts):
+    text = raw.decode("ascii")
+    if vr in _NUMBERS and text:
+        if _NUMBERS[vr].fullmatch(text) is None:
             raise Odd
-        figures = [Number(part.strip()) for part in parts]
-        return figures[0] if len(figures) == 1 else figures
-    return parts[0] if len(parts) == 1 else parts
+        return [Number(part.strip()) for part in text.split("\\")] if "\\" in text else Number(text.strip())
+    return text.split("\\") if "\\" in text else text

@@ -164,6 +164,19 @@ def test_damaged_numbers_are_left_to_pydicom(file: Path, answers: Callable[[Path
         assert own == theirs
 
 
+def test_a_number_that_never_ends_does_not_take_long(file: Path, answers: Callable[[Path], Answer]) -> None:
+    """Seen by the time limit of whoever runs this: a pattern that goes back would need hours."""
+    rewrite(file, syntax(ImplicitVRLittleEndian))
+    whole = file.read_bytes()
+    at = whole.index(b"\x28\x00\x53\x10") + 4
+    size = int.from_bytes(whole[at : at + 4], "little")
+    for junk in (b"1" * (1 << 21) + b"x", b"1.5\\" * (1 << 19) + b"x "):
+        file.write_bytes(whole[:at] + len(junk).to_bytes(4, "little") + junk + whole[at + 4 + size :])
+        taken, own, theirs = answers(file)
+        assert not taken
+        assert own == theirs
+
+
 def test_elements_out_of_order_or_repeated_are_left_to_pydicom(file: Path, answers: Callable[[Path], Answer]) -> None:
     whole = file.read_bytes()
     slope = whole.index(b"\x28\x00\x53\x10DS")
