@@ -124,11 +124,20 @@ def until(process: subprocess.Popen[bytes], what: Callable[[], bool], act: Calla
         time.sleep(0.01)
 
 
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 10).close()
+    except OSError:
+        return False
+    return True
+
+
 def ends_well(config: Path, place: Path, sender: Sender, taken: dict[str, bytes]) -> None:
     """Start it a last time: every study is sent, segmented, delivered and cleared away, and SIGTERM ends it."""
     process = start(config)
     inbox, out = config.parent / "inbox", config.parent / "out"
     try:
+        until(process, lambda: answers(sender.port))  # before that it knows no SIGTERM
         until(process, lambda: not sender.left, sender.send)
         until(process, lambda: len(taken) == STUDIES)
         until(process, lambda: not [*(inbox / "studies").iterdir(), *(out / "outbox").iterdir()])
