@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -33,6 +33,7 @@ from medseg.cli_options import (
     errors,
     say,
 )
+from medseg.cli_output import display, print_batch, print_scores
 from medseg.errors import ConfigError, MedsegError, Stopped
 from medseg.files import legible
 
@@ -151,7 +152,7 @@ def plan(
         settings=settings or (),
         splits=splits,
         seed=seed,
-        display=_display(),
+        display=display(),
     )
     say(f"{out}: {made.dimensions}-D, patch {made.patch_size}, {made.steps} steps expected")
 
@@ -199,7 +200,7 @@ def train(  # noqa: PLR0913 - one parameter an option
         track=None if no_track else track,
         model_name=name,
         began=process_start(),
-        display=_display(),
+        display=display(),
     )
     dice = ", ".join(f"{label} {value:.3f}" for label, value in result.dice.items())
     say(f"{result.steps} steps in {result.seconds:.0f} s; validation Dice: {dice}")
@@ -243,12 +244,12 @@ def predict(  # noqa: PLR0913 - one parameter an option
         send=send or (),
         channels=channels,
         allow=allow or (),
-        display=_display(json),
+        display=display(json),
     )
     if json:
         typer.echo(as_json([entry.model_dump(mode="json") for entry in result.entries]))
     else:
-        _print_batch(result)
+        print_batch(result)
     raise typer.Exit(0 if result.complete else 3 if result.select("done") else 1)
 
 
@@ -280,7 +281,7 @@ def evaluate(
     if json:
         typer.echo((out / "summary.json").read_text(encoding="utf-8"))
     else:
-        _print_scores(result)
+        print_scores(result)
         say(f"Per-case table: {out / 'cases.csv'}")
 
 
@@ -317,7 +318,7 @@ def retrain(
     """
     from medseg import api
 
-    result = api.retrain(config, dry_run=dry_run, display=_display(json))
+    result = api.retrain(config, dry_run=dry_run, display=display(json))
     typer.echo(as_json(result.to_dict()) if json else result.describe())
     raise typer.Exit(result.exit_code)
 
@@ -360,51 +361,6 @@ def info(json: Json = False) -> None:
     for key, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else value
         say(f"{key}: {text}")
-
-
-def _display(json: bool = False) -> Any:
-    """Return a display on stdout; on stderr where stdout is read by a machine."""
-    from medseg.display import Display
-
-    return Display(errors if json else console)
-
-
-def _print_batch(result: Any) -> None:
-    for entry in result.entries:
-        where = result.origins.get(entry.id, "")
-        if entry.state != "done":
-            errors.print(
-                f"{entry.id} ({legible(where)}): {entry.state} {entry.code}: {entry.message}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-    done = len(result.select("done"))
-    say(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}")
-
-
-def _print_scores(result: Any) -> None:
-    """Print one table a metric, each narrow enough for a terminal, and who has no prediction."""
-    from rich.table import Table
-
-    for metric in dict.fromkeys(row.metric for row in result.summary):
-        rows = [row for row in result.summary if row.metric == metric]
-        title = f"{metric} ({rows[0].unit})" if rows[0].unit else metric
-        table = Table(box=None, title=title, title_justify="left")
-        for name in ("label", "n", "used", "imputed", "mean", "median", "q1", "q3"):
-            table.add_column(name, justify="left" if name == "label" else "right", no_wrap=name != "label")
-        for row in rows:
-            numbers = [_short(value) for value in (row.mean, row.median, row.q1, row.q3)]
-            table.add_row(row.label, str(row.n_total), str(row.n_used), str(row.n_imputed), *numbers)
-        console.print(table)
-    failed = {row.case: row.reason for row in result.rows if row.status == "imputed"}
-    if failed:
-        cases = ", ".join(f"{case} ({reason})" for case, reason in failed.items())
-        say(f"{len(failed)} case(s) without a usable prediction count with Dice 0: {cases}")
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def main(application: typer.Typer = app) -> None:

@@ -19,7 +19,7 @@ class Kind:
     advice: str
 
 
-_SPLIT = "find_series() splits it into its parts: read one of them"
+_SPLIT = "export its parts as series of their own (in Python, find_series() lists the parts that can be read)"
 _EXPORT = "export the series again from the PACS or scanner"
 _ALLOW = "allow uneven gaps to be corrected by resampling (--allow irregular)"
 
