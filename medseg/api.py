@@ -163,6 +163,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     send: Sequence[str] = (),
     channels: PathLike | None = None,
     allow: Sequence[str] = (),
+    postprocess: bool = True,
     display: Display | None = None,
 ) -> BatchResult:
     """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
@@ -174,6 +175,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     send : addresses of archives that get the results as DICOM.
     channels : YAML file with the rules (`match`) that find the model's channels in DICOM studies, instead of its own.
     allow : "tilt", "irregular": DICOM series with such a fault are corrected by resampling instead of refused.
+    postprocess : False leaves the masks as the network made them, without the steps that the model brings along.
 
     Raises
     ------
@@ -181,7 +183,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         OUT cannot be written.
     """
     from medseg.batch.run import predict as predict_files
-    from medseg.inference.predict import load_model, ruled
+    from medseg.inference.predict import load_model, ruled, unprocessed
     from medseg.pacs.address import is_address
     from medseg.pacs.predict import predict as predict_archives
     from medseg.readers.allowances import choose_allowances
@@ -192,6 +194,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     with display:
         display.stage("predicting")
         chosen = Path(model) if channels is None else ruled(load_model(Path(model)), Path(channels))
+        if not postprocess:
+            chosen = unprocessed(load_model(chosen) if isinstance(chosen, Path) else chosen)
         options |= {"model": chosen, "out": Path(out), "progress": display.counted}
         if send or any(is_address(place) for place in inputs):
             return predict_archives(inputs, send=send, **options)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from medseg.config import Config
@@ -30,6 +30,29 @@ BUNDLE_FORMAT = 1
 MODEL_FILE = "model.json"
 
 
+class PostStep(Config):
+    """One step of post-processing, a row of medseg.inference.postprocess.POSTPROCESS.
+
+    Attributes
+    ----------
+    kind : name of the row.
+    labels : what it is done to; several labels are taken together as one object.
+    size : in mm³ or mm (pixels for pictures), as the row says.
+    over : labels whose voxels these may take where they grow (those of lower priority); background always.
+    """
+
+    kind: str
+    labels: tuple[str, ...] = Field(min_length=1)
+    size: float = Field(default=0.0, ge=0)
+    over: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return "min_volume 12 of left, right", as people read it."""
+        size = f" {self.size:g}" if self.size else ""
+        over = f", over {', '.join(self.over)}" if self.over else ""
+        return f"{self.kind}{size} of {', '.join(self.labels)}{over}"
+
+
 class BundleInfo(Config):
     """Content of model.json.
 
@@ -39,6 +62,7 @@ class BundleInfo(Config):
     dataset_digest : SHA-256 of the manifest of the cases it learnt from.
     training : what the training recorded (steps, seconds, validation Dice); for people.
     tracking_run : id of the MLflow run that made it, if it was tracked.
+    postprocess : what is done to its masks, in this order; nothing in bundles of before.
     """
 
     format: int
@@ -50,11 +74,13 @@ class BundleInfo(Config):
     training: dict[str, Any]
     versions: dict[str, str]
     tracking_run: str | None = None
+    postprocess: tuple[PostStep, ...] = ()
 
     @property
     def digest(self) -> str:
-        """SHA-256 that names the model: weights, plan and spec."""
-        return digest([self.weights, self.plan.digest, spec_digest(self.spec)])
+        """SHA-256 that names the model: weights, plan, spec, and what is done to its masks if anything is."""
+        steps = [step.model_dump(mode="json") for step in self.postprocess]
+        return digest([self.weights, self.plan.digest, spec_digest(self.spec), *([steps] if steps else [])])
 
     def provenance(self, mirror: bool | None) -> dict[str, str | int | bool | None]:
         """Return what is said about the origin of this model's predictions; no path, no date.
@@ -69,6 +95,7 @@ class BundleInfo(Config):
             "software": f"medseg {self.versions['medseg']}",
             "tta": self.plan.test_mirroring if mirror is None else mirror,
             "folds": len(self.weights),
+            "postprocess": "; ".join(map(str, self.postprocess)),
             "tracking_run": self.tracking_run,
         }
 

@@ -221,6 +221,9 @@ def predict(  # noqa: PLR0913 - one parameter an option
         Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")
     ] = None,
     allow: Allow = None,
+    postprocess: Annotated[
+        bool, typer.Option("--postprocess/--no-postprocess", help="Apply the steps that the model brings along.")
+    ] = True,
     track: Store = Path(),
     json: Json = False,
 ) -> None:
@@ -244,6 +247,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
         send=send or (),
         channels=channels,
         allow=allow or (),
+        postprocess=postprocess,
         display=display(json),
     )
     if json:

@@ -13,6 +13,7 @@ from medseg.bundle import Bundle, load_networks, open_bundle
 from medseg.channels import with_rules
 from medseg.device import best_device
 from medseg.errors import BundleError
+from medseg.inference.postprocess import postprocess, require_steps
 from medseg.inference.sliding_window import slide
 from medseg.preparation.path import prediction_path
 from medseg.preparation.preprocess import as_meta_tensor, restore
@@ -34,10 +35,11 @@ def load_model(path: Path, *, device: torch.device | None = None) -> Model:
 
     Raises
     ------
-    BundleError : there is no model, or it is damaged.
+    BundleError : there is no model, it is damaged, or its post-processing is of a kind that is not known here.
     """
     device = device or best_device()
     bundle = open_bundle(path)
+    require_steps(bundle.info.postprocess, bundle.info.spec)
     return Model(bundle, [network.to(device) for network in load_networks(bundle)], device)
 
 
@@ -53,6 +55,12 @@ def ruled(model: Model, file: Path) -> Model:
     return replace(model, bundle=replace(model.bundle, info=info))
 
 
+def unprocessed(model: Model) -> Model:
+    """Return a model that leaves its masks as the network made them; it has another digest if that differs."""
+    info = model.bundle.info.model_copy(update={"postprocess": ()})
+    return replace(model, bundle=replace(model.bundle, info=info))
+
+
 @torch.inference_mode()
 def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -> Volume:
     """Segment one image.
@@ -64,13 +72,14 @@ def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -
 
     Returns
     -------
-    Volume : (1, I, J, K) label values of the spec, on the grid of `image` with its very affine.
+    Volume : (1, I, J, K) label values of the spec, on the grid of `image` with its very affine, post-processed as the
+        bundle says.
 
     Raises
     ------
     BundleError : the image has another number of channels, or the network answers with NaN.
     """
-    return image.with_array(decode(model.bundle.info.spec, _logits(model, image, mirror)).numpy())
+    return _mask(model, image, predict_logits(model, image, mirror=mirror))
 
 
 @torch.inference_mode()
@@ -82,16 +91,21 @@ def predict_soft(model: Model, image: Volume, *, mirror: bool | None = None) -> 
     tuple of two Volumes
         The mask, and (segments, I, J, K) float32 from 0 to 1 on its grid: a channel a label of the spec (softmax,
         the background left out), or a region where it has regions (sigmoid). These take 4 bytes a voxel and segment
-        beside the logits of the same size, on the grid of the image.
+        beside the logits of the same size, on the grid of the image. They are the network's: post-processing does not
+        change them.
     """
-    logits = _logits(model, image, mirror)
-    spec = model.bundle.info.spec
-    mask = image.with_array(decode(spec, logits).numpy())
-    return mask, image.with_array(probabilities(spec, logits).numpy())
+    logits = predict_logits(model, image, mirror=mirror)
+    return _mask(model, image, logits), image.with_array(probabilities(model.bundle.info.spec, logits).numpy())
 
 
-def _logits(model: Model, image: Volume, mirror: bool | None) -> Tensor:
-    """Return the logits (K, I, J, K') on the grid of the image."""
+def _mask(model: Model, image: Volume, logits: Tensor) -> Volume:
+    info = model.bundle.info
+    return postprocess(image.with_array(decode(info.spec, logits).numpy()), info.postprocess, info.spec)
+
+
+@torch.inference_mode()
+def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -> Tensor:
+    """Return the logits (K, I, J, K') on the grid of the image; raises as `predict_volume`."""
     plan, spec = model.bundle.info.plan, model.bundle.info.spec
     if image.array.shape[0] != len(spec.channels):
         raise BundleError(
