@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from medseg.config import Config
 from medseg.errors import MedsegError, SpecError
@@ -17,6 +18,7 @@ from medseg.studies import Study, read_study
 from medseg.volume import reorient
 
 SAMPLES_PER_CASE = 5000
+GROUPING = ("Manufacturer", "Modality")
 
 
 def tidy(number: float) -> float:
@@ -69,10 +71,30 @@ class Fingerprint(Config):
         return self.spacings[2]
 
 
+class CaseFacts(Config):
+    """What is known of one case, by which cases can be spread over folds.
+
+    Attributes
+    ----------
+    label_ml : label -> volume (mL; for pictures, kilopixels), labels that are absent left out.
+    origin : words of the header that name a kind of scanner (GROUPING), where there are any.
+    """
+
+    label_ml: dict[str, float]
+    origin: dict[str, str] = Field(default_factory=dict)
+
+
 def take_fingerprint(
     spec: Spec, cases: Sequence[Case], *, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Fingerprint:
-    """Read every case once and summarise them; `progress` is told (done, total).
+    """Read every case once and summarise them; parameters and errors as for `survey`."""
+    return survey(spec, cases, progress=progress)[0]
+
+
+def survey(
+    spec: Spec, cases: Sequence[Case], *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Fingerprint, dict[str, CaseFacts]]:
+    """Read every case once; return what they are together, and by case id. `progress` is told (done, total).
 
     Raises
     ------
@@ -96,7 +118,10 @@ def take_fingerprint(
             f"{len(problems)} of {len(cases)} cases cannot be used; repair or remove them "
             "(medseg check lists everything):\n  " + "\n  ".join(problems)
         )
-    return _summarise(spec, cases, facts)
+    kept = {
+        case.id: CaseFacts(label_ml=row.label_ml, origin=row.origin) for case, row in zip(cases, facts, strict=True)
+    }
+    return _summarise(spec, cases, facts), kept
 
 
 class _Facts(Config):
@@ -105,6 +130,7 @@ class _Facts(Config):
     samples: tuple[tuple[float, ...], ...]
     label_ml: dict[str, float]
     annotated: float
+    origin: dict[str, str]
 
 
 def _facts(spec: Spec, study: Study) -> _Facts:
@@ -119,6 +145,7 @@ def _facts(spec: Spec, study: Study) -> _Facts:
         samples=tuple(tuple(_sample(channel, foreground)) for channel in image.array),
         label_ml={name: count * image.voxel_volume / 1000 for name, count in counts.items() if count},
         annotated=float(known.mean()),
+        origin={word: study.image.meta[word] for word in GROUPING if word in study.image.meta},
     )
 
 

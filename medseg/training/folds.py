@@ -1,12 +1,20 @@
-"""Who learns and who validates: always whole patients, and the same ones whenever the data are the same."""
+"""Who learns and who validates: always whole patients, and the same ones whenever the data are the same.
+
+Folds are alike as far as the patients allow: labels, their volumes and the makers of the scanners are spread over them
+by the iterative stratification of Sechidis et al. (ECML PKDD 2011), which gives the rarest trait its place first.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from medseg.errors import TrainingError
+from medseg.planning.fingerprint import CaseFacts
 from medseg.spec import Case
 
 VALIDATION_SHARE = 0.1
@@ -22,10 +30,17 @@ class Fold:
     validation: tuple[Case, ...]
 
 
-def make_folds(cases: Sequence[Case], *, folds: int | None, seed: int) -> list[Fold]:
+def make_folds(
+    cases: Sequence[Case], *, folds: int | None, seed: int, facts: Mapping[str, CaseFacts] | None = None
+) -> list[Fold]:
     """Split cases by patient into `folds` folds, or (None) into one with a tenth of the patients for validation.
 
-    Patients are ordered by a hash of seed and name, so that adding patients moves few others.
+    Patients are ordered by a hash of seed and name, so that adding patients moves few others out of a single split.
+
+    Parameters
+    ----------
+    facts : case id -> what it holds; with it, each of several folds gets its share of every trait (see `traits`). The
+        folds have the same number of patients, up to one, with it or without.
 
     Raises
     ------
@@ -43,6 +58,8 @@ def make_folds(cases: Sequence[Case], *, folds: int | None, seed: int) -> list[F
     if folds is None:
         held = max(1, min(MAX_VALIDATION_PATIENTS, round(VALIDATION_SHARE * len(patients))))
         groups = [set(patients[:held])]
+    elif found := traits(cases, facts or {}):
+        groups = _stratified(patients, found, folds)
     else:
         groups = [set(patients[number::folds]) for number in range(folds)]
     return [
@@ -53,6 +70,56 @@ def make_folds(cases: Sequence[Case], *, folds: int | None, seed: int) -> list[F
         )
         for number, group in enumerate(groups)
     ]
+
+
+def traits(cases: Sequence[Case], facts: Mapping[str, CaseFacts]) -> dict[str, frozenset[str]]:
+    """Return patient -> what folds should share evenly; traits that all patients have, or none, are left out.
+
+    These are: a label that is there, its volume being in the lower, middle or upper third of the patients that have
+    it (from six such patients), and the words of `CaseFacts.origin`.
+    """
+    own: dict[str, list[CaseFacts]] = {}
+    for case in cases:
+        if case.id in facts:
+            own.setdefault(case.patient, []).append(facts[case.id])
+    found: dict[str, set[str]] = {patient: set() for patient in own}
+    volumes: dict[str, dict[str, float]] = {}
+    for patient, rows in own.items():
+        for row in rows:
+            found[patient] |= {f"{word}={value}" for word, value in row.origin.items()}
+            for label, volume in row.label_ml.items():
+                found[patient].add(f"has {label}")
+                known = volumes.setdefault(label, {})
+                known[patient] = max(volume, known.get(patient, 0.0))
+    for label, known in volumes.items():
+        if len(known) >= 6 and len(set(known.values())) > 1:
+            thirds = np.quantile(list(known.values()), (1 / 3, 2 / 3))
+            for patient, volume in known.items():
+                found[patient].add(f"{label} in third {int(np.searchsorted(thirds, volume))}")
+    counts = Counter(trait for each in found.values() for trait in each)
+    telling = {trait for trait, count in counts.items() if count < len(found)}
+    return {patient: frozenset(each & telling) for patient, each in found.items()} if telling else {}
+
+
+def _stratified(patients: Sequence[str], found: Mapping[str, frozenset[str]], folds: int) -> list[set[str]]:
+    """Give each fold its share of every trait, the rarest first; folds differ by one patient at most."""
+    places = [len(patients) // folds + (number < len(patients) % folds) for number in range(folds)]
+    counts = Counter(trait for patient in patients for trait in found.get(patient, ()))
+    wanted = {trait: [count / folds] * folds for trait, count in counts.items()}
+    groups: list[set[str]] = [set() for _ in range(folds)]
+    left = list(patients)
+    while left:
+        rarest = min((trait for trait in counts if counts[trait]), key=lambda t: (counts[t], t), default=None)
+        patient = next(p for p in left if rarest is None or rarest in found.get(p, ()))
+        need = [0.0] * folds if rarest is None else wanted[rarest]
+        number = max((n for n in range(folds) if places[n]), key=lambda n: (round(need[n], 9), places[n], -n))
+        groups[number].add(patient)
+        left.remove(patient)
+        places[number] -= 1
+        for trait in found.get(patient, ()):
+            counts[trait] -= 1
+            wanted[trait][number] -= 1
+    return groups
 
 
 def refuse_leaks(cases: Sequence[Case]) -> None:

@@ -1,7 +1,7 @@
 """The train command: dataset -> fingerprint -> plan -> cache -> folds -> bundle -> validation table -> tracking.
 
-    RUN/1_dataset.json  2_fingerprint.json  3_plan.yaml  4_cache/  5_folds/<k>/{checkpoint,curves,validation}/
-        6_model/ (the bundle)  7_report/ (curves, overlays)
+    RUN/1_dataset.json  2_cases.json  2_fingerprint.json  3_plan.yaml  4_cache/
+        5_folds/<k>/{checkpoint,curves,validation}/  6_model/ (the bundle)  7_report/ (tables, overlays)
 
 Each stage is skipped when its artefact is there, so that the same command goes on where a killed one stopped.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from medseg.bundle import MODEL_FILE, Bundle, make_network, open_bundle
 from medseg.device import best_device
@@ -26,7 +27,7 @@ from medseg.errors import ConfigError, PlanError, TrainingError
 from medseg.files import sweep, write_json
 from medseg.losses import LOSSES
 from medseg.parallel import added, joined
-from medseg.planning.fingerprint import Fingerprint, take_fingerprint
+from medseg.planning.fingerprint import CaseFacts, Fingerprint, survey
 from medseg.planning.plan import Plan, override, read_plan, write_plan
 from medseg.preparation.cache import CaseCache, prepare_cases
 from medseg.preparation.path import training_path, up_to_cache
@@ -41,6 +42,9 @@ from medseg.training.request import Request, complete, open_run, read_json
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Followed, Schedule
 from medseg.training.state import LoopState, job_digest, load_state
 from medseg.training.watch import Watch
+
+FACTS = "2_cases.json"
+"""Of a run folder: case id -> CaseFacts."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,8 @@ class _Work:
         if file.exists():
             return Fingerprint.model_validate(read_json(file))
         self.display.stage("reading")
-        fingerprint = take_fingerprint(self.dataset.spec, self.cases, progress=self.display.counted)
+        fingerprint, facts = survey(self.dataset.spec, self.cases, progress=self.display.counted)
+        write_json(self.out / FACTS, {name: row.model_dump(mode="json") for name, row in facts.items()})
         write_json(file, fingerprint.model_dump(mode="json"))
         return fingerprint
 
@@ -252,8 +257,18 @@ class _Work:
 
     def _folds(self, seed: int) -> list[Fold]:
         """Return the folds to be trained."""
-        folds = make_folds(self.cases, folds=self.request.folds, seed=seed)
+        folds = make_folds(self.cases, folds=self.request.folds, seed=seed, facts=self._facts())
         return folds if self.request.fold is None else [_the_fold(folds, self.request.fold)]
+
+    def _facts(self) -> dict[str, CaseFacts]:
+        """Return what is known of each case; nothing in a run that was begun before it was kept: its folds stay."""
+        file = self.out / FACTS
+        if not file.exists():
+            return {}
+        try:
+            return {name: CaseFacts.model_validate(row) for name, row in read_json(file).items()}
+        except ValidationError as error:
+            raise TrainingError(f"{file}: damaged ({error}); choose another --out") from error
 
     def jobs(self, plan: Plan) -> list[Job]:
         """Prepare all cases and describe each network to train."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from medseg.errors import SpecError
-from medseg.planning.fingerprint import SAMPLES_PER_CASE, Fingerprint, take_fingerprint, tidy
+from medseg.planning.fingerprint import SAMPLES_PER_CASE, CaseFacts, Fingerprint, survey, take_fingerprint, tidy
 from medseg.planning.fingerprint import _sample as sample
 from medseg.spec import Case, Spec
 
@@ -66,6 +66,14 @@ def test_by_hand(spec: Spec, cases: tuple[Case, ...]) -> None:
     assert statistics.mean == pytest.approx(values.mean(), rel=1e-5)
     assert statistics.deviation == pytest.approx(values.std(), rel=1e-5)
     assert found.annotated_share == 1
+
+
+def test_each_case_by_itself(spec: Spec, cases: tuple[Case, ...]) -> None:
+    found, facts = survey(spec, cases)
+    assert found == take_fingerprint(spec, cases)
+    assert list(facts) == ["a1", "a2", "b1"]
+    assert facts["a1"].label_ml == {"one": 0.2, "two": 0.04}
+    assert facts["a2"] == CaseFacts(label_ml={"one": 0.024})
 
 
 def test_json_round_trip(spec: Spec, cases: tuple[Case, ...]) -> None:

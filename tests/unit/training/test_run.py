@@ -61,8 +61,8 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def test_the_run_folder_holds_every_stage_in_order(place: Path) -> None:
     names = sorted(p.name for p in (place / "run").iterdir() if p.name[0].isdigit())
-    stages = ["1_dataset.json", "2_fingerprint.json", "3_plan.yaml", "4_cache", "5_folds", "6_model", "7_report"]
-    assert names == stages
+    stages = ["1_dataset.json", "2_cases.json", "2_fingerprint.json", "3_plan.yaml", "4_cache", "5_folds", "6_model"]
+    assert names == [*stages, "7_report"]
     assert sorted(p.name for p in (place / "run" / "5_folds" / "0").iterdir()) == ["checkpoint", "curves", "validation"]
     assert not list((place / "run").rglob(f"{PARTIAL_PREFIX}*"))
     manifest = json.loads((place / "run" / "1_dataset.json").read_text())
@@ -191,7 +191,9 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(place: Path, tmp_path: Pa
     refused("TRAINING", r"state\.safetensors: the checkpoint is damaged .*delete it to start", place, out)
 
 
-@pytest.mark.parametrize("name", ["1_dataset.json", "request.json", "2_fingerprint.json", "tracking.json"])
+@pytest.mark.parametrize(
+    "name", ["1_dataset.json", "request.json", "2_cases.json", "2_fingerprint.json", "tracking.json"]
+)
 def test_a_damaged_record_of_the_run_is_named(place: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "run"
     shutil.copytree(place / "run", out)
