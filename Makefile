@@ -22,7 +22,7 @@ demo: $(BIN)/.run ## the whole journey on synthetic patients (about four minutes
 	@$(BIN)/medseg demo --out medseg-demo
 
 test: $(BIN)/.test ## the test suite; skips what needs real data (../shared/data or MEDSEG_DATA) where it is absent
-	@$(PYTEST) -m "not soak and not system" $(ARGS)
+	@$(PYTEST) -n auto --maxprocesses=4 --dist=loadfile -m "not soak and not system" $(ARGS)
 
 test-system: $(BIN)/.test ## tests against real servers and validators, which it installs; a skip is a failure
 	@scripts/install_counterparts.sh $(BIN)/python

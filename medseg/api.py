@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from medseg.batch.run import BatchResult
     from medseg.checking.run import CheckResult
+    from medseg.checking.tree import TreeResult
     from medseg.evaluation.table import Evaluation
     from medseg.planning.plan import Plan
     from medseg.retraining import RetrainResult
@@ -30,15 +31,28 @@ DEFAULT_BUDGET = "1h"
 PathLike = str | Path
 
 
-def check(dataset: PathLike, *, splits: PathLike | None = None, out: PathLike | None = None) -> CheckResult:
+def check(
+    dataset: PathLike, *, splits: PathLike | None = None, out: PathLike | None = None, read: bool = False
+) -> CheckResult | TreeResult:
     """Tell whether a dataset is fit to learn from; with `out`, also as a page and as JSON.
+
+    A folder of DICOM studies that is no dataset is listed instead: what lies in it, and what of it is usable; with
+    `read` by decoding the pixels, too.
 
     Raises
     ------
     SpecError : `dataset` is no dataset.
+    ConfigError : `read` for a dataset, whose images are always read; `splits` for a folder of studies.
     """
     from medseg.checking.run import check as run
+    from medseg.checking.tree import check_tree, is_tree
 
+    if is_tree(Path(dataset)):
+        if splits is not None:
+            raise ConfigError(f"splits are for datasets, and {dataset} has no dataset.yaml or dataset.json")
+        return check_tree(Path(dataset), read=read, out=_path(out))
+    if read:
+        raise ConfigError("read is for folders of studies: the images of a dataset are always read")
     return run(Path(dataset), splits=_path(splits), out=_path(out))
 
 

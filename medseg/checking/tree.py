@@ -95,6 +95,11 @@ class TreeResult:
         return len({row.study for row in self.series if row.study})
 
     @property
+    def ok(self) -> bool:
+        """Whether every series is usable or rightly set aside, and there is one at least."""
+        return self.exit_code == 0
+
+    @property
     def exit_code(self) -> int:
         """0: all is usable; 3: some is; 1: nothing is."""
         counts = self.counts

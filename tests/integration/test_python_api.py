@@ -77,6 +77,6 @@ def test_the_readme_runs(repository: Path, work: Path, capsys: pytest.CaptureFix
 def test_importing_medseg_is_instant_and_names_what_it_has() -> None:
     import medseg
 
-    assert dir(medseg) == ["check", "evaluate", "plan", "predict", "report", "retrain", "train"]
-    with pytest.raises(AttributeError, match="no attribute 'trian'; it has check, evaluate, plan"):
+    assert dir(medseg) == ["check", "evaluate", "listen", "plan", "predict", "report", "retrain", "train"]
+    with pytest.raises(AttributeError, match="no attribute 'trian'; it has check, evaluate, listen, plan"):
         _ = medseg.trian

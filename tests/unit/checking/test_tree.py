@@ -144,3 +144,15 @@ def test_real_trees(data: Path) -> None:
     refused = [row.origin for row in hard.series if row.code]
     assert all("failing" in place.parts or place.name == "dcm_qa_ct_ge_tilt" for place in refused)
     assert check_tree(data / "hippocampus_dicom").counts == {"usable": 2, "refused": 0, "set aside": 0}
+
+
+def test_the_same_from_python(tmp_path: Path) -> None:
+    import medseg
+    from medseg.errors import ConfigError
+
+    write_series(Volume(np.zeros((1, 4, 5, 3), np.float32), np.eye(4)), tmp_path / "in" / "series")
+    result = medseg.check(tmp_path / "in", read=True)
+    assert result.ok
+    assert [row.size for row in result.series] == [(4, 5, 3)]
+    with pytest.raises(ConfigError, match="splits are for datasets"):
+        medseg.check(tmp_path / "in", splits=tmp_path / "splits.yaml")
