@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from medseg.batch.study_input import StudyInput
 from medseg.cases import study_id, study_key
-from medseg.errors import MedsegError
+from medseg.errors import MedsegError, ReadError
 from medseg.privacy import keyed_id
 from medseg.readers.archives import Archives
 from medseg.readers.dicom_damage import Lost
@@ -16,14 +16,16 @@ from medseg.readers.dicom_files import SCRATCH_PREFIX
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_scan import scan
 from medseg.readers.dicom_select import choose_series, fitting
+from medseg.readers.series_rules import ALIASES, MODALITIES
 from medseg.spec import Spec
 
 
 def dicom_inputs(places: Sequence[Path], spec: Spec, archives: Archives) -> list[StudyInput]:
     """Return the studies below `places` (files and folders), and what is too damaged to tell.
 
-    Without rules each series is one, localizers that accompany others left out. A model with one channel and a rule
-    segments every series that fits; one with several channels takes one series for each from every study. A study
+    Without rules each series is one; left out are localizers that accompany others, and CT, MR and PET in studies
+    where the model finds its own modality. Alone these are refused (OTHER_MODALITY). A model with one channel and a
+    rule segments every series that fits; one with several channels takes one series for each from every study. A study
     without them is refused, not forgotten, and so are damaged files that belong to no series, folders that may not be
     listed, and a file of another kind that was named.
 
@@ -36,7 +38,8 @@ def dicom_inputs(places: Sequence[Path], spec: Spec, archives: Archives) -> list
     given = {place.resolve(): place for place in places if place.is_file()}
     used = {file.resolve() for file in files}
     others = sorted(place for whole, place in given.items() if whole not in used)
-    rows = _series_inputs(found.series) if not spec.rules else _ruled_inputs(found.series, spec, archives)
+    wanted = wanted_modalities(spec)
+    rows = _ruled_inputs(found.series, spec, archives) if spec.rules else _series_inputs(found.series, wanted)
     rows += [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in others]
     lost = [part for part in found.lost if not part.files or {file.resolve() for file in part.files} - set(given)]
     return rows + [_lost_input(part, archives.origin(part.place)) for part in lost]
@@ -63,14 +66,35 @@ def chosen_input(name: str, spec: Spec, series: Sequence[SeriesFiles], order: Se
     return StudyInput(name, folders, chosen[spec.reference_channel], origin, channels=channels)
 
 
-def _series_inputs(series: Sequence[SeriesFiles]) -> list[StudyInput]:
-    """Return a study for each series; localizers only of studies that hold nothing else."""
-    shown = {study_key(row) for row in series if not _is_localizer(row)}
-    return [
-        StudyInput(keyed_id("case", *row.identity), (row.files[0].parent,), row, row.files[0].parent)
-        for row in series
-        if not _is_localizer(row) or study_key(row) not in shown
-    ]
+def wanted_modalities(spec: Spec) -> frozenset[str]:
+    """Return the modalities of the model's channels as DICOM writes them; empty where one takes anything."""
+    named = [channel.modality.upper() for channel in spec.channels.values()]
+    return frozenset(ALIASES.get(word, word) for word in named) if all(named) else frozenset()
+
+
+def _series_inputs(series: Sequence[SeriesFiles], wanted: Collection[str] = ()) -> list[StudyInput]:
+    """Return a study for each series; of studies that hold better ones no localizers and no other modalities."""
+    known = bool(wanted) and set(wanted) <= set(MODALITIES)  # else the spec names its modality in words of its own
+    others = {id(row) for row in series if known and row.modality in MODALITIES and row.modality not in wanted}
+    aside = others | {id(row) for row in series if _is_localizer(row)}
+    shown = {study_key(row) for row in series if id(row) not in aside}
+    rows = []
+    for row in series:
+        if id(row) in aside and study_key(row) in shown:
+            continue
+        folder = row.files[0].parent
+        refusal = _other_modality(row, wanted) if id(row) in others else None
+        rows.append(StudyInput(keyed_id("case", *row.identity), (folder,), row, folder, refusal=refusal))
+    return rows
+
+
+def _other_modality(row: SeriesFiles, wanted: Collection[str]) -> ReadError:
+    """Return (not raise) the refusal of a series that the model was never shown the like of."""
+    return ReadError(
+        f"the series is {row.modality}, the model is for {' and '.join(sorted(wanted))} and has never seen the like; "
+        "give a series of its modality, or another model",
+        code="OTHER_MODALITY",
+    )
 
 
 def _is_localizer(series: SeriesFiles) -> bool:

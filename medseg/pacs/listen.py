@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
 
+from medseg.batch.dicom_inputs import wanted_modalities
 from medseg.batch.ledger import Entry
 from medseg.batch.run import predict as predict_files
 from medseg.cases import study_id
@@ -28,7 +29,7 @@ from medseg.pacs.delivery import Destination, Stow
 from medseg.pacs.dimse import Node, Receiver
 from medseg.pacs.inbox import Inbox, Snapshot
 from medseg.pacs.outbox import Outbox, Rest
-from medseg.pacs.predict import locked, wanted_modalities
+from medseg.pacs.predict import locked
 from medseg.pacs.settings import ListenConfig
 from medseg.pacs.visits import keep_linkage
 from medseg.pacs.web import Patience, Web

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from medseg.batch.dicom_inputs import wanted_modalities
 from medseg.batch.inputs import Choice
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.run import BatchResult, recipe, summary_csv
@@ -26,7 +27,6 @@ from medseg.pacs.visits import remember, settled
 from medseg.pacs.web import Patience, Web
 from medseg.privacy import keyed_id
 from medseg.readers.allowances import Allowance
-from medseg.readers.series_rules import ALIASES
 from medseg.spec import Spec
 
 GIVE_UP = 3
@@ -188,12 +188,6 @@ def _entry(name: str, options: Options, state: str, error: MedsegError) -> Entry
     entry = Entry.model_validate({"id": name, "input_digest": "", "model_digest": options.recipe, **refusal})
     Ledger(options.out).write(entry)
     return entry
-
-
-def wanted_modalities(spec: Spec) -> frozenset[str]:
-    """Return the modalities of the model's channels as DICOM writes them; empty where one takes anything."""
-    named = [channel.modality.upper() for channel in spec.channels.values()]
-    return frozenset(ALIASES.get(word, word) for word in named) if all(named) else frozenset()
 
 
 @contextmanager

@@ -126,6 +126,9 @@ def check_headers(headers: Sequence[Header]) -> None:
     ReadError, GeometryError : with the code.
     """
     _check_kind(headers)
+    patients = {header.patient_id for header in headers}
+    if len(patients) > 1:  # StudyInstanceUID is not asked: anonymisers draw it anew for parts of one series
+        raise refuse("MIXED_PATIENT", f"the {len(headers)} slices name {len(patients)} patients")
     for header in headers:
         if header.damaged:
             raise refuse("UNREADABLE", f"{header.damaged} of instance {header.instance} has no valid value")

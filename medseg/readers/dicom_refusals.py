@@ -41,6 +41,7 @@ REFUSALS: dict[str, Kind] = {
     "MIXED_FRAME_OF_REFERENCE": Kind(GeometryError, "the slices belong to different coordinate systems: separate them"),
     "MIXED_MATRIX": Kind(GeometryError, _SPLIT),
     "MIXED_ORIENTATION": Kind(GeometryError, _SPLIT),
+    "MIXED_PATIENT": Kind(ReadError, "a series cannot belong to several patients: correct their ids, or separate them"),
     "MIXED_SERIES": Kind(GeometryError, _SPLIT),
     "MIXED_SPACING": Kind(GeometryError, _SPLIT),
     "MODALITY_LUT": Kind(

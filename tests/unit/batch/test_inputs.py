@@ -326,6 +326,27 @@ def test_a_rule_of_a_single_channel_leaves_other_series_out(tmp_path: Path, two_
     assert missing.refusal.code == "CHANNEL_MISSING"
 
 
+def test_a_series_of_another_modality_is_never_segmented(tmp_path: Path) -> None:
+    """An MR model that is given a whole archive paints organs into CT without a word."""
+    volume = Volume(np.arange(432, dtype=np.float32).reshape(1, 8, 9, 6), np.diag([1.0, 1, 2, 1]))
+    for number, modality in enumerate(["MR", "CT", "PT"]):
+        write_series(volume, tmp_path / modality, modality=modality, seed=number)  # type: ignore[arg-type]
+    spec = Spec.model_validate({"name": "one", "channels": {"a": {"modality": "MRI"}}, "labels": {"ball": 1}})
+    of = {study.origin.name: study for study in find_inputs([tmp_path], spec)}
+    codes = {name: study.refusal.code if study.refusal else "" for name, study in of.items()}
+    assert codes == {"MR": "", "CT": "OTHER_MODALITY", "PT": "OTHER_MODALITY"}
+    assert "the series is CT, the model is for MR" in str(of["CT"].refusal)
+    for channel in ({}, {"modality": "any"}):
+        free = Spec.model_validate({"name": "one", "channels": {"a": channel}, "labels": {"ball": 1}})
+        assert all(study.refusal is None for study in find_inputs([tmp_path], free))
+    study = pydicom.uid.generate_uid()
+    for file in tmp_path.rglob("*.dcm"):
+        dataset = pydicom.dcmread(file)
+        dataset.StudyInstanceUID = study
+        dataset.save_as(file)
+    assert [study.origin.name for study in find_inputs([tmp_path], spec)] == ["MR"], "left out, as localizers are"
+
+
 def test_time_points_of_one_file_are_studies_of_their_own(tmp_path: Path, write_enhanced: Callable[..., Path]) -> None:
     volumes = [Volume(np.full((1, 8, 9, 6), value, np.float32), np.diag([-1.0, -1, 2, 1])) for value in (1, 2, 3)]
     write_enhanced(tmp_path / "in/x.dcm", *volumes, tags=[{"time": 1}, {"time": 2}, {"time": 3}])
