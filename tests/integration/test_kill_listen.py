@@ -152,9 +152,7 @@ def ends_well(config: Path, place: Path, sender: Sender, taken: dict[str, bytes]
         assert raw in [path.read_bytes() for path in out.glob("*.seg.dcm")]  # ids depend on the key of the test
 
 
-def test_killed_while_receiving_and_while_segmenting(
-    place: Path, config: Path, archive: Any, tmp_path: Path
-) -> None:
+def test_killed_while_receiving_and_while_segmenting(place: Path, config: Path, archive: Any, tmp_path: Path) -> None:
     sender = Sender(config, sorted((place / "in").rglob("*.dcm")))
     inbox = tmp_path / "inbox" / "studies"
     process = start(config)
