@@ -115,6 +115,12 @@ class ListenConfig(Config):
         except ConfigError as error:
             raise ValueError(str(error)) from error
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _seconds(cls, value: object) -> object:
+        """Take `keep: 0`, which YAML reads as a number, like `keep: "0"`."""
+        return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
     @field_validator("keep")
     @classmethod
     def _duration(cls, value: str) -> str:

@@ -33,6 +33,7 @@ def test_defaults_are_safe(tmp_path: Path) -> None:
     assert found.model == str(tmp_path / "run")
     assert load_settings(write(tmp_path, host="0.0.0.0")).loopback is False
     assert load_settings(write(tmp_path, model="models:/a@champion", keep="0")).model == "models:/a@champion"
+    assert [load_settings(write(tmp_path, keep=keep)).keep_seconds for keep in ("0", 0, 90, "90")] == [0, 0, 90, 90]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,7 @@ def test_defaults_are_safe(tmp_path: Path) -> None:
         ({"ae_title": "A\\B"}, "ae_title"),
         ({"formats": ["segg"]}, "did you mean"),
         ({"keep": "soon"}, "duration"),
+        ({"keep": -1}, "duration"),
         ({"allow": ["anything"]}, "allow"),
         ({"send": [{"host": "a"}]}, "host, port and ae_title"),
         ({"send": [{"url": "dicomweb://a:geheim@h/x"}]}, "MEDSEG_DICOMWEB_USER"),
