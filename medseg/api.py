@@ -197,7 +197,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         OUT cannot be written.
     """
     from medseg.batch.run import predict as predict_files
-    from medseg.inference.predict import load_model, ruled, unprocessed
+    from medseg.bundle import open_bundle
+    from medseg.inference.predict import ruled, unprocessed
     from medseg.pacs.address import is_address
     from medseg.pacs.predict import predict as predict_archives
     from medseg.readers.allowances import choose_allowances
@@ -207,9 +208,9 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     options["allow"] = choose_allowances(allow)
     with display:
         display.stage("predicting")
-        chosen = Path(model) if channels is None else ruled(load_model(Path(model)), Path(channels))
-        if not postprocess:
-            chosen = unprocessed(load_model(chosen) if isinstance(chosen, Path) else chosen)
+        bundle = open_bundle(Path(model))
+        bundle = bundle if channels is None else ruled(bundle, Path(channels))
+        chosen = bundle if postprocess else unprocessed(bundle)
         options |= {"model": chosen, "out": Path(out), "progress": display.counted}
         if send or any(is_address(place) for place in inputs):
             return predict_archives(inputs, send=send, **options)

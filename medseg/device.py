@@ -7,9 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
-def best_device() -> torch.device:
-    """Return the GPU if there is one, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def best_device(slot: int = 0) -> torch.device:
+    """Return the GPU if there is one, else the processor; of several GPUs each `slot` gets the next one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    return torch.device(f"cuda:{slot % count}" if count > 1 else "cuda")
 
 
 def device_name(device: torch.device) -> str:

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Collection
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,10 @@ from medseg.files import file_digest, write_json
 from medseg.readers.allowances import Allowance, still_true
 
 State = Literal["done", "refused", "failed"]
+IN_FLIGHT = ("reading", "predicting", "writing")
+"""What the journal says of a study while it is being done."""
+COSTLY = ("MEMORY", "POISON", "TIMEOUT")
+"""Codes of failed studies that ended their worker."""
 
 
 class Entry(Config):
@@ -94,19 +100,72 @@ class Ledger:
 
     def attempt(self, study: str) -> int:
         """Count an attempt before it begins, and return which it is (from 1)."""
-        file = self.out / "journal" / f"{study}.json"
-        try:
-            before = int(json.loads(file.read_text(encoding="utf-8"))["attempts"])
-        except (OSError, ValueError, KeyError, TypeError):
-            before = 0
-        write_json(file, {"attempts": before + 1})
-        return before + 1
+        before = self.facts(study)
+        number = before.get("attempts")
+        count = (number if isinstance(number, int) else 0) + 1
+        kept: dict[str, Any] = {name: before[name] for name in ("deaths", "deaths_of") if name in before}
+        self._put(study, {**kept, "attempts": count, "state": IN_FLIGHT[0], "began": now(), "host": platform.node()})
+        return count
 
     def journal(self, study: str, facts: dict[str, Any]) -> None:
         """Keep facts of the latest attempt that differ from run to run."""
-        file = self.out / "journal" / f"{study}.json"
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        write_json(file, {**content, **facts})
+        self._put(study, {**self.facts(study), **facts})
+
+    def end(self, study: str, facts: dict[str, Any], *, forgive: bool = True) -> None:
+        """Note that the attempt is over, however it ended; deaths of earlier ones are forgiven unless told."""
+        before = self._landed(study)
+        kept = {name: fact for name, fact in before.items() if not forgive or name not in ("deaths", "deaths_of")}
+        self._put(study, {**kept, **facts, "ended": now()})
+
+    def forget_flight(self, study: str) -> None:
+        """Note that no attempt is under way: its process died after the study was committed."""
+        if self.in_flight(study):
+            self._put(study, self._landed(study))
+
+    def in_flight(self, study: str) -> bool:
+        """Tell whether an attempt began and did not end: it is under way, or its process was killed."""
+        return self.facts(study).get("state") in IN_FLIGHT
+
+    def suspected(self, study: str) -> bool:
+        """Tell whether a study has cost a worker, or may have: it is then done last and alone."""
+        facts = self.facts(study)
+        entry = self.read(study)
+        costly = entry is not None and entry.state == "failed" and entry.code in COSTLY
+        return facts.get("state") in IN_FLIGHT or bool(facts.get("deaths")) or costly
+
+    def death(self, study: str, input_digest: str) -> int:
+        """Count a death of the worker of this study, which was alone, and return how many there were from this input.
+
+        An attempt that ends by itself sets the count to nothing.
+        """
+        before = self.facts(study)
+        same = before.get("deaths_of") == input_digest and isinstance(before.get("deaths"), int)
+        count = (before["deaths"] if same else 0) + 1
+        self._put(study, {**before, "deaths": count, "deaths_of": input_digest})
+        return count
+
+    def facts(self, study: str) -> dict[str, Any]:
+        """Return what the journal holds of a study; nothing where it is damaged or there is none."""
+        try:
+            content = json.loads((self.out / "journal" / f"{study}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def studies(self) -> list[str]:
+        """Return the ids of all studies that have an entry, in order."""
+        return sorted(file.stem for file in (self.out / "ledger").glob("*.json") if not file.name.startswith("."))
+
+    def _landed(self, study: str) -> dict[str, Any]:
+        return {name: fact for name, fact in self.facts(study).items() if name != "state"}
+
+    def _put(self, study: str, facts: dict[str, Any]) -> None:
+        write_json(self.out / "journal" / f"{study}.json", facts)
 
     def _file(self, study: str) -> Path:
         return self.out / "ledger" / f"{study}.json"
+
+
+def now() -> str:
+    """Return this moment in UTC, as the journal writes it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from medseg.bundle import Bundle, load_networks, open_bundle
+from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
 from medseg.channels import with_rules
 from medseg.device import best_device
 from medseg.errors import BundleError
@@ -30,35 +30,42 @@ class Model:
     device: torch.device
 
 
-def load_model(path: Path, *, device: torch.device | None = None) -> Model:
-    """Open a run folder or a bundle and put its networks on the device (the GPU if there is one).
+def load_model(model: Path | Bundle, *, device: torch.device | None = None, info: BundleInfo | None = None) -> Model:
+    """Open a run folder or a bundle (unless it is open) and put its networks on the device (the GPU if there is one).
+
+    Parameters
+    ----------
+    info : what the bundle is used as, where that is not what it says itself (see `ruled`).
 
     Raises
     ------
-    BundleError : there is no model, it is damaged, or its post-processing is of a kind that is not known here.
+    BundleError : there is no model, it is damaged, its post-processing is of a kind that is not known here, or its
+        weights are not those of `info`.
     """
     device = device or best_device()
-    bundle = open_bundle(path)
+    bundle = model if isinstance(model, Bundle) else open_bundle(model)
+    if info is not None:
+        if info.weights != bundle.info.weights:
+            raise BundleError(f"{bundle.folder}: the model was replaced while it was in use; run the command again")
+        bundle = replace(bundle, info=info)
     require_steps(bundle.info.postprocess, bundle.info.spec)
     return Model(bundle, [network.to(device) for network in load_networks(bundle)], device)
 
 
-def ruled(model: Model, file: Path) -> Model:
-    """Return a model that finds its channels in DICOM studies by the rules of a YAML file; it has another digest.
+def ruled(bundle: Bundle, file: Path) -> Bundle:
+    """Return a bundle that finds its channels in DICOM studies by the rules of a YAML file; it has another digest.
 
     Raises
     ------
     SpecError : as `medseg.channels.with_rules`.
     """
-    info = model.bundle.info
-    info = info.model_copy(update={"spec": with_rules(info.spec, file)})
-    return replace(model, bundle=replace(model.bundle, info=info))
+    info = bundle.info.model_copy(update={"spec": with_rules(bundle.info.spec, file)})
+    return replace(bundle, info=info)
 
 
-def unprocessed(model: Model) -> Model:
-    """Return a model that leaves its masks as the network made them; it has another digest if that differs."""
-    info = model.bundle.info.model_copy(update={"postprocess": ()})
-    return replace(model, bundle=replace(model.bundle, info=info))
+def unprocessed(bundle: Bundle) -> Bundle:
+    """Return a bundle that leaves its masks as the network made them; it has another digest if that differs."""
+    return replace(bundle, info=bundle.info.model_copy(update={"postprocess": ()}))
 
 
 @torch.inference_mode()

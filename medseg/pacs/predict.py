@@ -12,9 +12,11 @@ from filelock import FileLock, Timeout
 
 from medseg.batch.dicom_inputs import wanted_modalities
 from medseg.batch.inputs import Choice
+from medseg.batch.job import recipe
 from medseg.batch.ledger import Entry, Ledger
-from medseg.batch.run import BatchResult, recipe, summary_csv
+from medseg.batch.run import BatchResult, summary_csv
 from medseg.batch.run import predict as predict_files
+from medseg.bundle import Bundle
 from medseg.errors import BatchError, ConfigError, ExportError, MedsegError
 from medseg.exporters import EXPORTERS, choose_formats
 from medseg.files import write_text
@@ -64,7 +66,7 @@ class _Run:
 def predict(  # noqa: PLR0913 - the options of the command are the parameters of the function
     inputs: Sequence[str | Path],
     *,
-    model: Path | Model,
+    model: Path | Bundle | Model,
     out: Path,
     mirror: bool | None = None,
     choice: Choice | None = None,

@@ -18,7 +18,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from medseg.batch import run as batch
+from medseg.batch import study as batch
 from medseg.batch.run import BatchResult, predict
 from medseg.bundle import save_bundle
 from medseg.errors import BundleError, ExportError

@@ -16,7 +16,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from medseg.batch.run import _read
+from medseg.batch.study import read_study
 from medseg.batch.study_input import StudyInput
 from medseg.channels import read_chosen
 from medseg.errors import ReadError
@@ -292,7 +292,7 @@ def test_another_time_zone_is_brought_to_that_of_the_series(pet: Callable[..., P
     np.testing.assert_allclose(factors(folder), AFTER_ONE_HALF_LIFE, rtol=1e-9)
 
 
-def test_older_forms_of_times_are_read(pet: Callable[..., Path]) -> None:
+def test_older_forms_of_times_areread_study(pet: Callable[..., Path]) -> None:
     folder = pet(
         SeriesDate="2024.03.01",
         SeriesTime="11:49:48",
@@ -328,7 +328,7 @@ def test_a_channel_of_pet(name: str, how: str, pet: Callable[..., Path]) -> None
     plain = read_series(folder).array
     found = {
         "file by pattern": lambda: read_channels(spec, (folder,)),
-        "series of a batch": lambda: _read(StudyInput("x", (folder,), find_series(folder)[0], folder), spec),
+        "series of a batch": lambda: read_study(StudyInput("x", (folder,), find_series(folder)[0], folder), spec),
         "series by rule": lambda: read_chosen(spec, {"pet": find_series(folder)[0]}),
     }[how]()
     np.testing.assert_allclose(found.array, plain * factor, rtol=1e-6)

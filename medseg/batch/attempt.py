@@ -1,0 +1,139 @@
+"""One study from the ledger and back: is it settled, else record the attempt, segment it, commit how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medseg.batch.job import Settings
+from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.locks import study_lock
+from medseg.batch.placing import IMAGE_SUFFIX
+from medseg.batch.study_input import StudyInput
+from medseg.errors import ExportError
+from medseg.exporters import EXPORTERS
+
+if TYPE_CHECKING:
+    from medseg.inference.predict import Model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one study that was given to a worker.
+
+    Attributes
+    ----------
+    entry : how it stands; None if that is not known: another process works on it, or the worker died.
+    fresh : it was done now, not by an earlier run.
+    death : why its worker ended: "died", "timeout" or "memory".
+    input_digest : of the study whose worker ended, as far as it came.
+    """
+
+    entry: Entry | None = None
+    fresh: bool = False
+    death: str = ""
+    input_digest: str = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process works on it."""
+        return self.entry is None and not self.death
+
+
+Tell = Callable[..., None]
+"""Called with a stage ("checking", "loading", "reading", "predicting", "writing") when it begins, and facts of it."""
+
+
+def attempt(
+    study: StudyInput, settings: Settings, model: Callable[[], Model], *, tell: Tell = lambda stage, **facts: None
+) -> Outcome:
+    """Bring one study to its end and commit it, unless it is settled or another process works on it.
+
+    Parameters
+    ----------
+    model : gives the model; asked only when it is needed.
+
+    Raises
+    ------
+    ExportError : OUT cannot be written.
+    BundleError : from `model`.
+    """
+    ledger = Ledger(settings.out)
+    with study_lock(settings.out, study.id) as mine:
+        if not mine:
+            return Outcome()
+        tell("checking")
+        source = study.digest()
+        known = settled(study, source, settings)
+        if known is not None:
+            ledger.forget_flight(study.id)
+            return Outcome(known)
+        loaded = model()
+        tell("reading", input_digest=source)
+        return Outcome(_attempt(study, source, settings, loaded, ledger, tell), fresh=True)
+
+
+def settled(study: StudyInput, source: str, settings: Settings) -> Entry | None:
+    """Return the entry of a study if nothing is to be done for it."""
+    names = tuple(f"{study.id}{EXPORTERS[name].suffix}" for name in settings.formats)
+    return Ledger(settings.out).settled(
+        study.id, input_digest=source, model_digest=settings.recipe, outputs=names, allow=study.allow
+    )
+
+
+def _attempt(
+    study: StudyInput, source: str, settings: Settings, model: Model, ledger: Ledger, tell: Tell
+) -> Entry:
+    from medseg.batch.study import segment
+
+    ledger.attempt(study.id)
+    began = time.monotonic()
+    _reset_peak()
+
+    def told(stage: str) -> None:
+        ledger.journal(study.id, {"state": stage})
+        tell(stage)
+
+    entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=settings.recipe)
+    try:
+        entry = segment(study, model, ledger, entry, mirror=settings.mirror, formats=settings.formats, tell=told)
+    except ExportError:
+        with contextlib.suppress(ExportError):  # nor may this have a place to be written
+            ledger.end(study.id, {})
+        raise
+    commit(ledger, entry, {"seconds": round(time.monotonic() - began, 3), "peak_mb": _peak()})
+    return entry
+
+
+def commit(ledger: Ledger, entry: Entry, facts: dict[str, object], *, forgive: bool = True) -> None:
+    """Write how a study ended; a study that is not done keeps no file of an earlier input or model.
+
+    With `forgive` the deaths of its workers no longer count against it.
+    """
+    if entry.state != "done":
+        # A mask of an earlier input or model must not pass for the result of this one.
+        for suffix in (*(exporter.suffix for _, exporter in EXPORTERS.items()), IMAGE_SUFFIX):
+            (ledger.out / f"{entry.id}{suffix}").unlink(missing_ok=True)
+    ledger.end(entry.id, facts, forgive=forgive)
+    ledger.write(entry)
+
+
+def _reset_peak() -> None:
+    """Begin to measure the peak of this process's memory anew (Linux 4.0; proc(5))."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _peak() -> int | None:
+    """Return the peak of this process's memory since `_reset_peak` in MiB; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -1,0 +1,177 @@
+"""One study with a model in memory: read, segment, write in every format, and say how it ended."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.placing import IMAGE_SUFFIX, Placed, place
+from medseg.batch.study_input import StudyInput
+from medseg.channels import read_chosen
+from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
+from medseg.exporters import EXPORTERS
+from medseg.exporters.nifti import write_nifti
+from medseg.exporters.result import DICOM_ONLY, Result
+from medseg.files import file_digest
+from medseg.inference.predict import Model, predict_soft, predict_volume
+from medseg.readers.dicom_regular import FIGURES
+from medseg.readers.dicom_series import read_series
+from medseg.spec import Spec
+from medseg.studies import read_channels
+from medseg.volume import Volume
+
+REFUSALS = (ReadError, GeometryError, SpecError, BundleError)
+"""Faults of the input; everything else is ours, and is tried again by the next run."""
+
+
+def segment(
+    study: StudyInput,
+    model: Model,
+    ledger: Ledger,
+    entry: Entry,
+    *,
+    mirror: bool | None,
+    formats: Sequence[str],
+    tell: Callable[[str], None] = lambda stage: None,
+) -> Entry:
+    """Segment one study into OUT and return `entry` with how it ended; nothing is committed.
+
+    Parameters
+    ----------
+    entry : of the study, with state "failed" and the digests that it is made from.
+    tell : is called with "predicting" and "writing" when these begin.
+
+    Raises
+    ------
+    ExportError : DISK_FULL; nothing else, unless MEDSEG_DEBUG is set.
+    """
+    try:
+        return _segment(study, model, ledger, entry, mirror=mirror, formats=formats, tell=tell)
+    except MedsegError as error:
+        if isinstance(error, ExportError) and error.code == "DISK_FULL":
+            raise ExportError(f"case {study.id}: {error}", code=error.code) from error
+        state = "refused" if isinstance(error, REFUSALS) else "failed"
+        return _ended(entry, error.code, without_paths(str(error), study), state)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        text = "the GPU has too little memory for one window of this model; use a larger one, or none"
+        return _ended(entry, "GPU_MEMORY", text)
+    except MemoryError:
+        return _ended(entry, "MEMORY", "there is too little memory for it; use a machine with more")
+    except Exception as error:  # one study must never stop the others
+        if os.environ.get("MEDSEG_DEBUG"):
+            raise
+        # Without its text: what a library says about a file may hold what stands in its header.
+        return _ended(entry, "INTERNAL", f"{type(error).__name__}; medseg --debug predict shows where it comes from")
+
+
+def _ended(entry: Entry, code: str, message: str, state: str = "failed") -> Entry:
+    return entry.model_copy(update={"state": state, "code": code, "message": message})
+
+
+def _segment(
+    study: StudyInput,
+    model: Model,
+    ledger: Ledger,
+    entry: Entry,
+    *,
+    mirror: bool | None,
+    formats: Sequence[str],
+    tell: Callable[[str], None],
+) -> Entry:
+    spec = model.bundle.info.spec
+    formats = _with_earlier(formats, study, ledger)
+    if study.refusal is not None:
+        raise study.refusal
+    if study.series is None and any(EXPORTERS[name].dicom for name in formats):
+        raise ExportError(DICOM_ONLY, code="NEEDS_DICOM")
+    image = read_study(study, spec)
+    refuse_constant(image, spec)
+    tell("predicting")
+    soft = None
+    if any(EXPORTERS[name].soft for name in formats):
+        mask, soft = predict_soft(model, image, mirror=mirror)
+    else:
+        mask = predict_volume(model, image, mirror=mirror)
+    tell("writing")
+    placed = place(Result(mask, spec, entry.model_digest, image, study.series, soft), study.allow)
+    outputs, notes = _write(placed, formats, ledger.out, study.id)
+    return entry.model_copy(
+        update={
+            "state": "done",
+            "outputs": outputs,
+            "volumes_ml": volumes(spec, placed.nifti.on_image),
+            "notes": (*image.notes, *notes),
+            "correction": {key: image.meta[key] for key in FIGURES if key in image.meta},
+        }
+    )
+
+
+def _with_earlier(formats: Sequence[str], study: StudyInput, ledger: Ledger) -> tuple[str, ...]:
+    """Return `formats` and those in which the study already stands in OUT, in the order of EXPORTERS."""
+    before = ledger.read(study.id)
+    known = {} if before is None else before.outputs
+    return tuple(n for n, row in EXPORTERS.items() if n in formats or f"{study.id}{row.suffix}" in known)
+
+
+def _write(placed: Placed, formats: Sequence[str], out: Path, study: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Write a result in every format; return file name -> SHA-256, and the notes of the exporters, each once."""
+    outputs: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    for name in formats:
+        file = out / f"{study}{EXPORTERS[name].suffix}"
+        result = placed.dicom if EXPORTERS[name].dicom else placed.nifti
+        notes |= dict.fromkeys(EXPORTERS[name].write(file, result))
+        outputs[file.name] = file_digest(file)
+    image = out / f"{study}{IMAGE_SUFFIX}"
+    image.unlink(missing_ok=True)
+    if placed.image is not None and "nifti" in formats:
+        write_nifti(image, placed.image)
+        outputs[image.name] = file_digest(image)
+    return outputs, tuple(notes)
+
+
+def read_study(study: StudyInput, spec: Spec) -> Volume:
+    """Return the image (channels, I, J, K) of a study."""
+    if study.channels:
+        return read_chosen(spec, dict(zip(spec.channels, study.channels, strict=True)), allow=study.allow)
+    if study.series is not None:
+        suv = next(iter(spec.channels.values())).suv
+        return read_series(study.series, suv=suv, allow=study.allow)
+    return read_channels(spec, study.images, allow=study.allow)
+
+
+def refuse_constant(image: Volume, spec: Spec) -> None:
+    """Raise ReadError(CONSTANT_IMAGE) for a channel with one value everywhere: a network sees organs even there."""
+    for name, channel in zip(spec.channels, image.array, strict=False):
+        if channel.min() == channel.max():
+            raise ReadError(
+                f"channel {name!r} holds {channel.flat[0]:g} everywhere: there is nothing to segment; "
+                "export the study again",
+                code="CONSTANT_IMAGE",
+            )
+
+
+def volumes(spec: Spec, mask: Volume) -> dict[str, float]:
+    """Return label -> volume in mL (pixels for pictures)."""
+    unit = mask.voxel_volume / 1000 if mask.unit == "mm" else mask.voxel_volume
+    return {
+        name: round(float(np.count_nonzero(mask.array == value)) * unit, 4) for name, value in spec.foreground.items()
+    }
+
+
+def without_paths(text: str, study: StudyInput) -> str:
+    """Return a message without the names of files and folders that may identify a patient."""
+    places = {study.origin, *study.images, *(study.series.files if study.series else ())}
+    places |= {file for row in study.channels for file in row.files}
+    # A NIfTI file is its own case id; the name of any other may tell who the patient is.
+    words = {str(p) for p in places} | {p.name for p in places if study.id not in p.name}
+    for word in sorted(words, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", f"<{study.id}>", text)
+    return text
