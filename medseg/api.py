@@ -19,6 +19,7 @@ from medseg.errors import ConfigError
 if TYPE_CHECKING:
     from threading import Event
 
+    from medseg.batch.engines import Workers
     from medseg.batch.run import BatchResult
     from medseg.checking.run import CheckResult
     from medseg.checking.tree import TreeResult
@@ -178,6 +179,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     channels: PathLike | None = None,
     allow: Sequence[str] = (),
     postprocess: bool = True,
+    workers: Workers | int | None = None,
+    shard: str = "",
     display: Display | None = None,
 ) -> BatchResult:
     """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
@@ -190,13 +193,18 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     channels : YAML file with the rules (`match`) that find the model's channels in DICOM studies, instead of its own.
     allow : "tilt", "irregular": DICOM series with such a fault are corrected by resampling instead of refused.
     postprocess : False leaves the masks as the network made them, without the steps that the model brings along.
+    workers : how many processes of their own do the studies (or a medseg.batch.engines.Workers with limits), so that
+        one that crashes, hangs or takes too much memory costs itself only. None: this process, as for archives.
+    shard : "2/8": only the second of eight parts of the studies; other commands do the others into the same OUT.
 
     Raises
     ------
     ConfigError, BatchError, BundleError, ExportError : nothing to do, no usable model, an archive does not answer, or
         OUT cannot be written.
     """
+    from medseg.batch.engines import Workers
     from medseg.batch.run import predict as predict_files
+    from medseg.batch.shards import Shard, parse_shard
     from medseg.bundle import open_bundle
     from medseg.inference.predict import ruled, unprocessed
     from medseg.pacs.address import is_address
@@ -214,6 +222,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         options |= {"model": chosen, "out": Path(out), "progress": display.counted}
         if send or any(is_address(place) for place in inputs):
             return predict_archives(inputs, send=send, **options)
+        options["workers"] = Workers(workers) if isinstance(workers, int) else workers
+        options["shard"] = parse_shard(shard) if shard else Shard()
         return predict_files([Path(place) for place in inputs], **options)
 
 
@@ -295,6 +305,7 @@ def listen(config: PathLike, *, stop: Event | None = None) -> None:
     """
     from threading import Event
 
+    from medseg.bundle import open_bundle
     from medseg.inference.predict import load_model, ruled
     from medseg.pacs import need
     from medseg.pacs.listen import listen as run
@@ -302,10 +313,10 @@ def listen(config: PathLike, *, stop: Event | None = None) -> None:
 
     settings = load_settings(Path(config))
     need("pynetdicom")
-    model = load_model(local_model(settings.model, track=settings.track))
+    bundle = open_bundle(local_model(settings.model, track=settings.track))
     if settings.channels is not None:
-        model = ruled(model, settings.channels)
-    run(settings, model, stop or Event())
+        bundle = ruled(bundle, settings.channels)
+    run(settings, load_model(bundle), stop or Event())
 
 
 def local_model(model: PathLike, *, track: PathLike) -> Path:

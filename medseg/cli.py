@@ -21,17 +21,23 @@ from medseg.cli_options import (
     Dataset,
     Formats,
     Json,
+    MemoryLimit,
     NoTrack,
+    Postprocess,
     Seed,
     Send,
     Settings,
+    Shard,
     Splits,
     Steps,
     Store,
+    Timeout,
+    Workers,
     as_json,
     console,
     errors,
     say,
+    workforce,
 )
 from medseg.cli_output import display, print_batch, print_scores
 from medseg.errors import ConfigError, MedsegError, Stopped
@@ -221,9 +227,11 @@ def predict(  # noqa: PLR0913 - one parameter an option
         Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")
     ] = None,
     allow: Allow = None,
-    postprocess: Annotated[
-        bool, typer.Option("--postprocess/--no-postprocess", help="Apply the steps that the model brings along.")
-    ] = True,
+    postprocess: Postprocess = True,
+    workers: Workers = 1,
+    timeout: Timeout = "2h",
+    memory_limit: MemoryLimit = None,
+    shard: Shard = "",
     track: Store = Path(),
     json: Json = False,
 ) -> None:
@@ -248,6 +256,8 @@ def predict(  # noqa: PLR0913 - one parameter an option
         channels=channels,
         allow=allow or (),
         postprocess=postprocess,
+        workers=workforce(workers, timeout, memory_limit),
+        shard=shard,
         display=display(json),
     )
     if json:

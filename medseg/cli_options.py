@@ -52,6 +52,20 @@ Allow = Annotated[
         "slices); several by commas."
     ),
 ]
+Postprocess = Annotated[
+    bool, typer.Option("--postprocess/--no-postprocess", help="Apply the steps that the model brings along.")
+]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes that do studies; one that dies or hangs costs its study only.")
+]
+Timeout = Annotated[str, typer.Option(help="How long one study may take (without loading the model): 90s, 30m, 2h.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="Memory of one worker with its model: 4GiB, 900MB (default: its share of 90 % of the machine)."),
+]
+Shard = Annotated[
+    str, typer.Option(help="i/n: do only the i-th of n parts; other commands do the others into the same --out.")
+]
 
 
 def say(text: str) -> None:
@@ -64,3 +78,13 @@ def as_json(value: Any) -> str:
     import json
 
     return json.dumps(value, indent=1, sort_keys=True, default=str)
+
+
+def workforce(count: int, timeout: str, memory: str | None) -> Any:
+    """Return who does the studies; with --debug this process, so that an error shows where it comes from."""
+    from medseg.batch.engines import Workers
+    from medseg.duration import seconds
+    from medseg.sizes import size
+
+    given = Workers(count, timeout=seconds(timeout), memory=None if memory is None else size(memory))
+    return None if os.environ.get("MEDSEG_DEBUG") else given

@@ -15,14 +15,15 @@ from medseg.batch.engines import Engine, Workers, started
 from medseg.batch.here import Here
 from medseg.batch.inputs import Choice, opened_inputs
 from medseg.batch.job import Settings, recipe
-from medseg.batch.ledger import Entry
+from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.locks import alone, present
 from medseg.batch.names import LINKAGE, read_linkage
+from medseg.batch.shards import Shard
 from medseg.batch.study_input import StudyInput
-from medseg.bundle import Bundle, open_bundle
+from medseg.bundle import Bundle
 from medseg.exporters import choose_formats
 from medseg.files import legible, sweep, write_json, write_text
-from medseg.inference.predict import Model, load_model
+from medseg.inference.predict import Model, load_model, usable
 from medseg.readers.allowances import Allowance
 from medseg.spec import Spec
 
@@ -65,6 +66,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     formats: Sequence[str] = ("nifti",),
     allow: Collection[Allowance] = (),
     workers: Workers | None = None,
+    shard: Shard | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BatchResult:
     """Segment every study below `inputs` into ``OUT/<id>.nii.gz`` (other `formats`: other endings).
@@ -83,6 +85,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     formats : names of EXPORTERS; formats that an earlier run wrote for a study into OUT are kept up to date.
     workers : processes that do the studies, so that one that crashes, hangs or takes too much memory costs itself
         only. None: this process does them; what killed it is then done last by the next run, in a process of its own.
+    shard : which part of the studies; other runs do the others into the same OUT.
 
     Raises
     ------
@@ -101,9 +104,9 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             write_json(out / PROVENANCE, info.provenance(mirror))
             with alone(out, "tables"):
                 _write_linkage(out, studies)
+            studies = [study for study in studies if shard is None or shard.holds(study.id)]
             found = _do(studies, settings, engine, progress)
-            with alone(out, "tables"):
-                write_text(out / "summary.csv", summary_csv(spec, found))
+            write_summary(out, spec)
             return BatchResult(out, found, {study.id: study.origin for study in studies})
 
 
@@ -116,8 +119,7 @@ def _engine(model: Path | Bundle | Model, workers: Workers | None) -> Iterator[t
             yield loaded.bundle, engine
     else:
         with started(workers) as engine:
-            bundle = model.bundle if isinstance(model, Model) else model
-            yield bundle if isinstance(bundle, Bundle) else open_bundle(bundle), engine
+            yield usable(model.bundle if isinstance(model, Model) else model), engine
 
 
 @contextmanager
@@ -145,8 +147,16 @@ def _do(
     return tuple(entries[study.id] for study in studies)
 
 
+def write_summary(out: Path, spec: Spec) -> None:
+    """Write OUT/summary.csv over all studies that OUT knows; of two runs that end at once the later one sees all."""
+    with alone(out, "tables"):
+        ledger = Ledger(out)
+        entries = [entry for entry in map(ledger.read, ledger.studies()) if entry is not None]
+        write_text(out / "summary.csv", summary_csv(spec, entries))
+
+
 def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
-    """Return the table of a run: id, state, code, message, notes and the volume of each label."""
+    """Return a table of studies: id, state, code, message, notes and the volume of each label."""
     unit = "ml" if spec.unit == "mm" else "pixels"
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -48,8 +48,15 @@ def load_model(model: Path | Bundle, *, device: torch.device | None = None, info
         if info.weights != bundle.info.weights:
             raise BundleError(f"{bundle.folder}: the model was replaced while it was in use; run the command again")
         bundle = replace(bundle, info=info)
-    require_steps(bundle.info.postprocess, bundle.info.spec)
+    bundle = usable(bundle)
     return Model(bundle, [network.to(device) for network in load_networks(bundle)], device)
+
+
+def usable(model: Path | Bundle) -> Bundle:
+    """Open a bundle (unless it is open) and check that all it asks for is known here; raises as `load_model`."""
+    bundle = model if isinstance(model, Bundle) else open_bundle(model)
+    require_steps(bundle.info.postprocess, bundle.info.spec)
+    return bundle
 
 
 def ruled(bundle: Bundle, file: Path) -> Bundle:

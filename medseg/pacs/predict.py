@@ -14,12 +14,11 @@ from medseg.batch.dicom_inputs import wanted_modalities
 from medseg.batch.inputs import Choice
 from medseg.batch.job import recipe
 from medseg.batch.ledger import Entry, Ledger
-from medseg.batch.run import BatchResult, summary_csv
+from medseg.batch.run import BatchResult, write_summary
 from medseg.batch.run import predict as predict_files
 from medseg.bundle import Bundle
 from medseg.errors import BatchError, ConfigError, ExportError, MedsegError
 from medseg.exporters import EXPORTERS, choose_formats
-from medseg.files import write_text
 from medseg.inference.predict import Model, load_model
 from medseg.pacs.address import Address, parse_address, split_addresses
 from medseg.pacs.archive import RemoteStudy, find_studies, look_up, retrieve
@@ -124,7 +123,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     if not run.entries:
         raise BatchError("the archive has no study that the address means; nothing was done", code="EMPTY_INPUT")
     entries = tuple(run.entries[case] for case in sorted(run.entries))
-    write_text(out / "summary.csv", summary_csv(options.spec, entries))
+    write_summary(out, options.spec)
     return BatchResult(out, entries, run.origins)
 
 

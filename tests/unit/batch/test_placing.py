@@ -274,7 +274,7 @@ def files(out: Path) -> list[str]:
 
 
 def attempts(out: Path) -> int:
-    (file,) = (out / "journal").iterdir()
+    (file,) = (out / "journal").glob("*.json")
     return int(json.loads(file.read_text())["attempts"])
 
 

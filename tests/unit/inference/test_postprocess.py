@@ -307,7 +307,7 @@ def test_a_model_applies_what_its_bundle_says_and_says_so(bundle: Bundle, tmp_pa
     assert not np.array_equal(found.array, raw.array)
     assert np.array_equal(found.array, predict_volume(model, image).array)
     assert np.array_equal(soft.array, predict_soft(plain, image)[1].array), "probabilities stay the network's"
-    bare = unprocessed(model)
+    bare = load_model(unprocessed(model.bundle), device=cpu)
     assert np.array_equal(predict_volume(bare, image).array, raw.array)
     assert bare.bundle.info.digest == plain.bundle.info.digest != model.bundle.info.digest
     told = model.bundle.info.provenance(None)
