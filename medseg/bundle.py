@@ -53,6 +53,25 @@ class PostStep(Config):
         return f"{self.kind}{size} of {', '.join(self.labels)}{over}"
 
 
+class Calibration(Config):
+    """By what logits are divided before they become probabilities, and what that changed (see training.temperature).
+
+    Attributes
+    ----------
+    ece_before, ece_after : expected calibration error, with a temperature of 1 and with this one.
+    nll_before, nll_after : mean negative log-likelihood, in nats.
+    voxels, cases : that it was fitted on, the same that the errors are of.
+    """
+
+    temperature: float = Field(gt=0)
+    ece_before: float
+    ece_after: float
+    nll_before: float
+    nll_after: float
+    voxels: int
+    cases: int
+
+
 class BundleInfo(Config):
     """Content of model.json.
 
@@ -63,6 +82,7 @@ class BundleInfo(Config):
     training : what the training recorded (steps, seconds, validation Dice); for people.
     tracking_run : id of the MLflow run that made it, if it was tracked.
     postprocess : what is done to its masks, in this order; nothing in bundles of before.
+    calibration : of its probabilities; None where they are the network's own.
     """
 
     format: int
@@ -75,14 +95,24 @@ class BundleInfo(Config):
     versions: dict[str, str]
     tracking_run: str | None = None
     postprocess: tuple[PostStep, ...] = ()
+    calibration: Calibration | None = None
+
+    @property
+    def temperature(self) -> float:
+        """By what logits are divided before they become probabilities; masks do not depend on it."""
+        return 1.0 if self.calibration is None else self.calibration.temperature
 
     @property
     def digest(self) -> str:
-        """SHA-256 that names the model: weights, plan, spec, and what is done to its masks if anything is."""
-        steps = [step.model_dump(mode="json") for step in self.postprocess]
-        return digest([self.weights, self.plan.digest, spec_digest(self.spec), *([steps] if steps else [])])
+        """SHA-256 that names the model: weights, plan, spec, and what is done to its masks and probabilities if any."""
+        parts: list[Any] = [self.weights, self.plan.digest, spec_digest(self.spec)]
+        if self.postprocess:
+            parts.append([step.model_dump(mode="json") for step in self.postprocess])
+        if self.temperature != 1:
+            parts.append({"temperature": self.temperature})
+        return digest(parts)
 
-    def provenance(self, mirror: bool | None) -> dict[str, str | int | bool | None]:
+    def provenance(self, mirror: bool | None) -> dict[str, str | int | float | bool | None]:
         """Return what is said about the origin of this model's predictions; no path, no date.
 
         `mirror` is whether they were averaged over mirrored inputs; None: as planned.
@@ -96,6 +126,7 @@ class BundleInfo(Config):
             "tta": self.plan.test_mirroring if mirror is None else mirror,
             "folds": len(self.weights),
             "postprocess": "; ".join(map(str, self.postprocess)),
+            "temperature": self.temperature,
             "tracking_run": self.tracking_run,
         }
 

@@ -50,8 +50,12 @@ def decode(spec: Spec, logits: Tensor) -> Tensor:
     return mask
 
 
-def probabilities(spec: Spec, logits: Tensor) -> Tensor:
-    """Map logits (K, *S) to probabilities (N, *S) of the N labels (softmax, background left out) or regions."""
+def probabilities(spec: Spec, logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Map logits (K, *S) to probabilities (N, *S) of the N labels (softmax, background left out) or regions.
+
+    Logits are divided by `temperature` first.
+    """
+    logits = logits if temperature == 1 else logits / temperature
     return logits.softmax(0)[1:] if exclusive(spec) else logits.sigmoid()
 
 

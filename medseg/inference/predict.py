@@ -105,11 +105,13 @@ def predict_soft(model: Model, image: Volume, *, mirror: bool | None = None) -> 
     tuple of two Volumes
         The mask, and (segments, I, J, K) float32 from 0 to 1 on its grid: a channel a label of the spec (softmax,
         the background left out), or a region where it has regions (sigmoid). These take 4 bytes a voxel and segment
-        beside the logits of the same size, on the grid of the image. They are the network's: post-processing does not
-        change them.
+        beside the logits of the same size, on the grid of the image. They are the network's, with the temperature of
+        the bundle: post-processing does not change them.
     """
     logits = predict_logits(model, image, mirror=mirror)
-    return _mask(model, image, logits), image.with_array(probabilities(model.bundle.info.spec, logits).numpy())
+    info = model.bundle.info
+    soft = probabilities(info.spec, logits, temperature=info.temperature)
+    return _mask(model, image, logits), image.with_array(soft.numpy())
 
 
 def _mask(model: Model, image: Volume, logits: Tensor) -> Volume:

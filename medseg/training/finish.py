@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from medseg.bundle import BUNDLE_FORMAT, Bundle, BundleInfo, load_networks, save_bundle, versions
+from medseg.bundle import BUNDLE_FORMAT, Bundle, BundleInfo, Calibration, load_networks, save_bundle, versions
 from medseg.display import Display
 from medseg.evaluation.evaluate import dataset_reference, evaluate_against
+from medseg.evaluation.table import make_evaluation, write_evaluation
 from medseg.exporters.nifti import write_nifti
-from medseg.files import write_atomically, write_json
-from medseg.inference.predict import Model, predict_volume
+from medseg.files import write_atomically, write_json, write_text
+from medseg.inference.predict import Model, predict_logits
 from medseg.planning.plan import Plan
 from medseg.plots import colours_for, curves_png, three_planes_png
 from medseg.readers.nifti import read_nifti
 from medseg.spec import Case, Dataset, Spec
 from medseg.studies import read_study
+from medseg.targets import decode
 from medseg.tracking import Tracker
+from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.loop import Job, Learner
 from medseg.training.state import LoopState
+from medseg.training.temperature import VoxelSample
 from medseg.volume import Volume, reorient
 
 FINISH_SECONDS = 8.0
 """Bundle, tables, plots and registry; measured 5 to 8 s on two cores."""
 OVERLAYS = 3
+TRYING_SECONDS, TRYING_SHARE = 1.0, 0.1
+"""What trying post-processing may take under a budget, beside the predictions; scoring_factor leaves room for it."""
 
 
 def scoring_factor(plan: Plan) -> float:
     """Return how much longer scoring takes than a validation: it mirrors, reads the sources and restores the grid."""
-    return 1.2 * (2 ** len(plan.augmentation.mirror_axes) if plan.test_mirroring else 1)
+    return 1.3 * (2 ** len(plan.augmentation.mirror_axes) if plan.test_mirroring else 1)
 
 
 def time_of_validation(job: Job) -> float:
@@ -55,25 +62,47 @@ def finish_run(
     tracker: Tracker,
     model_name: str,
     display: Display,
+    *,
+    hurry: bool,
 ) -> Bundle:
-    """Write the bundle, score it on the validation cases, draw, and register it; returns the bundle."""
+    """Score the networks on the validation cases, write the bundle, draw, and register it; returns the bundle.
+
+    `hurry`: whether there is a budget, so that post-processing is tried only as long as it takes little.
+    """
     display.stage("scoring")
-    dice, rows = _score(out, jobs, states, display)
+    scored = _score(out, jobs, states, display, hurry=hurry)
+    steps, evidence = scored.trial.choose()
+    calibration = scored.sample.fit()
     info = make_info(jobs, states, dataset_digest, tracker.run_id)
-    info = info.model_copy(update={"training": {**info.training, "dice": dice}})
-    bundle = save_bundle(out / "6_model", info, weights_of(states))
+    update = {"training": {**info.training, "dice": scored.dice}, "postprocess": steps, "calibration": calibration}
+    bundle = save_bundle(out / "6_model", info.model_copy(update=update), weights_of(states))
     report = out / "7_report"
+    write_text(report / "postprocess.csv", evidence_csv(evidence))
+    display.say(told(steps, scored.trial, folds=len(jobs)))
+    if calibration is not None:
+        display.say(_calibrated(calibration))
+        tracker.metrics(
+            {name: getattr(calibration, name) for name in ("temperature", "ece_before", "ece_after")},
+            step=states[-1].step,
+        )
     for number, (job, state) in enumerate(zip(jobs, states, strict=True)):
         curves = out / "5_folds" / str(_number(job)) / "curves" / "curves.png"
         curves_png(curve_rows(job, state), curves)
         tracker.artifact(curves, f"curves/{number}")
     _overlays(jobs[0], out, report / "overlays")
-    tracker.table("validation_cases", rows)
-    tracker.metrics({f"final_dice_{name}": value for name, value in dice.items()}, step=states[-1].step)
+    tracker.table("validation_cases", scored.rows)
+    tracker.metrics({f"final_dice_{name}": value for name, value in scored.dice.items()}, step=states[-1].step)
     tracker.artifact(report / "overlays")
     tags = {"model_digest": bundle.info.digest, "dataset_digest": dataset_digest}
     tracker.register(model_name, bundle.folder, alias="candidate", tags=tags)
     return bundle
+
+
+def _calibrated(found: Calibration) -> str:
+    return (
+        f"calibration: temperature {found.temperature:g}, expected calibration error {found.ece_before:.4f} before, "
+        f"{found.ece_after:.4f} after ({found.voxels} voxels of {found.cases} cases)"
+    )
 
 
 def make_info(
@@ -116,31 +145,71 @@ def _number(job: Job) -> int:
     return int(job.checkpoint.parent.parent.name)
 
 
-def _score(
-    out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display: Display
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Predict every validation case with the network that has not seen it, on its source grid."""
-    found: dict[str, list[float]] = {}
-    rows: list[dict[str, Any]] = []
-    cases_done: set[str] = set()
+@dataclass
+class _Scored:
+    """What the validation cases have told so far; `rows` are those of the tracked table."""
+
+    trial: StepTrial
+    sample: VoxelSample
+    dice: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    predicting: float = 0.0
+    trying: float = 0.0
+
+    def add(self, logits: Tensor, mask: Volume, reference: Volume, *, hurry: bool) -> None:
+        """Learn from one case."""
+        self.sample.add(logits, reference)
+        began = time.monotonic()
+        self.trial.complete &= not hurry or self.trying < TRYING_SECONDS + TRYING_SHARE * self.predicting
+        if self.trial.complete:
+            self.trial.add(mask, reference)
+        self.trying += time.monotonic() - began
+
+
+def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display: Display, *, hurry: bool) -> _Scored:
+    """Predict every validation case with the network that has not seen it, on its source grid.
+
+    Masks and tables of each fold are written beside it, one table of all folds into 7_report.
+    """
+    spec, plan = jobs[0].spec, jobs[0].plan
     total = sum(len(job.validation) for job in jobs)
+    scored = _Scored(StepTrial(spec, plan.fingerprint), VoxelSample(spec, cases=total, seed=plan.seed))
+    evaluations, folds = [], []
     for job, state in zip(jobs, states, strict=True):
         place = out / "5_folds" / str(_number(job)) / "validation"
         info = make_info([job], [state], "", None)
         single = save_bundle(place / "model", info, weights_of([state]))
         model = Model(single, [n.to(job.device) for n in load_networks(single)], job.device)
         write_json(place / "predictions.json", info.provenance(None))
-        for number, case in enumerate(job.validation):
-            mask = predict_volume(model, read_study(job.spec, case).image)
-            write_nifti(place / f"{case.id}.nii.gz", mask)
-            display.counted(len(cases_done) + number + 1, total)
-        reference = dataset_reference(Dataset(job.spec, job.validation), job.validation, "validation")
-        evaluation = evaluate_against(reference, place, out=place)
-        cases_done.update(evaluation.cases)
-        rows += [asdict(row) for row in evaluation.rows]
-        for label in job.spec.foreground:
-            found.setdefault(label, []).extend(evaluation.values("dice", label).values())
-    return {label: float(np.mean(values)) for label, values in found.items() if values}, rows
+        for case in job.validation:
+            _score_case(model, case, place, scored, hurry=hurry)
+            folds.append(f"{case.id},{_number(job)}")
+            display.counted(len(folds), total)
+        reference = dataset_reference(Dataset(spec, job.validation), job.validation, "validation")
+        evaluations.append(evaluate_against(reference, place, out=place))
+    rows = sorted((row for evaluation in evaluations for row in evaluation.rows), key=lambda row: row.case)
+    first = evaluations[0]
+    told = {key: value for key, value in first.provenance.items() if key.startswith(("dataset", "split", "medseg"))}
+    whole = make_evaluation(first.targets, rows, {**told, "folds": str(len(jobs))})
+    write_evaluation(whole, out / "7_report")
+    write_text(out / "7_report" / "folds.csv", "\n".join(["case,fold", *folds]) + "\n")
+    scored.rows = [asdict(row) for row in rows]
+    means = {label: list(whole.values("dice", label).values()) for label in spec.foreground}
+    scored.dice = {label: float(np.mean(values)) for label, values in means.items() if values}
+    return scored
+
+
+def _score_case(model: Model, case: Case, place: Path, scored: _Scored, *, hurry: bool) -> None:
+    """Predict one validation case and learn from it."""
+    spec = model.bundle.info.spec
+    study = read_study(spec, case)
+    began = time.monotonic()
+    logits = predict_logits(model, study.image)
+    mask = study.image.with_array(decode(spec, logits).numpy())
+    write_nifti(place / f"{case.id}.nii.gz", mask)
+    scored.predicting += time.monotonic() - began
+    assert study.mask is not None, "cases without a mask do not learn"
+    scored.add(logits, mask, study.mask, hurry=hurry)
 
 
 def _overlays(job: Job, run: Path, folder: Path) -> None:

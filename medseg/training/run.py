@@ -152,7 +152,8 @@ def _lead(
             jobs = work.jobs(plan)
             _call_others(to_work=True)
             states = work.fit_all(jobs, tracker)
-            finish_run(out, jobs, states, manifest["digest"], tracker, model_name or dataset.spec.name, display)
+            name, hurry = model_name or dataset.spec.name, request.budget is not None
+            finish_run(out, jobs, states, manifest["digest"], tracker, name, display, hurry=hurry)
         steps = sum(state.step for state in states)
         write_json(out / "done.json", {"steps": steps})
         _call_others(to_work=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from medseg.bundle import Bundle, BundleInfo, PostStep, open_bundle, save_bundle
+from medseg.bundle import Bundle, BundleInfo, Calibration, PostStep, open_bundle, save_bundle
 from medseg.errors import BundleError
 from medseg.files import digest
 from medseg.inference.postprocess import POSTPROCESS, Grid, grid_of, postprocess, require_steps
-from medseg.inference.predict import load_model, predict_soft, predict_volume, unprocessed
+from medseg.inference.predict import load_model, predict_logits, predict_soft, predict_volume, unprocessed
 from medseg.spec import Spec, spec_digest
 from medseg.volume import Volume, reorient
 
@@ -288,7 +289,7 @@ def with_steps(bundle: Bundle, folder: Path, *steps: PostStep) -> Bundle:
 
 def test_bundles_of_before_have_no_steps_and_keep_their_digest(bundle: Bundle) -> None:
     told = bundle.info.model_dump(mode="json")
-    del told["postprocess"]
+    del told["postprocess"], told["calibration"]
     assert BundleInfo.model_validate(told) == bundle.info
     assert bundle.info.postprocess == ()
     assert bundle.info.digest == digest([bundle.info.weights, bundle.info.plan.digest, spec_digest(bundle.info.spec)])
@@ -313,6 +314,24 @@ def test_a_model_applies_what_its_bundle_says_and_says_so(bundle: Bundle, tmp_pa
     told = model.bundle.info.provenance(None)
     assert told["postprocess"] == "largest_component of a; min_volume 40 of b, c"
     assert plain.bundle.info.provenance(None)["postprocess"] == ""
+
+
+def test_a_temperature_changes_probabilities_and_no_mask(bundle: Bundle) -> None:
+    model = load_model(bundle.folder, device=torch.device("cpu"))
+    found = Calibration(
+        temperature=2.0, ece_before=0.2, ece_after=0.1, nll_before=1.0, nll_after=0.5, voxels=10, cases=1
+    )
+    info = bundle.info.model_copy(update={"calibration": found})
+    assert info.digest != bundle.info.digest
+    assert BundleInfo.model_validate(info.model_dump(mode="json")) == info
+    warm = replace(model, bundle=replace(model.bundle, info=info))
+    image = Volume(np.random.default_rng(0).normal(size=(1, 16, 16, 16)).astype(np.float32), np.eye(4))
+    (mask, soft), (same, softer) = predict_soft(model, image), predict_soft(warm, image)
+    assert np.array_equal(mask.array, same.array)
+    logits = predict_logits(model, image)
+    assert np.allclose(softer.array, (logits / 2).softmax(0)[1:].numpy(), atol=1e-6)
+    assert np.allclose(soft.array, logits.softmax(0)[1:].numpy(), atol=1e-6)
+    assert [i.provenance(None)["temperature"] for i in (bundle.info, info)] == [1.0, 2.0]
 
 
 def test_a_bundle_with_an_unknown_step_is_refused_before_it_predicts(bundle: Bundle, tmp_path: Path) -> None:

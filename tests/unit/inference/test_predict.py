@@ -39,7 +39,7 @@ def threshold(make_spec: Make, make_plan: Make) -> Callable[..., Model]:
         spec = make_spec(labels={"two": 9, "three": 4})
         options = {"normalisation": {"t1": {"scheme": "none"}}, "patch_size": (8, 8, 8), **changes}
         plan = make_plan(spec, **options)
-        info = SimpleNamespace(plan=plan, spec=spec, postprocess=())
+        info = SimpleNamespace(plan=plan, spec=spec, postprocess=(), temperature=1.0)
         return Model(SimpleNamespace(info=info), [network or Threshold()], torch.device("cpu"))
 
     return make
@@ -160,7 +160,7 @@ def test_regions_outside_of_the_content_are_background(make_spec: Make, make_pla
             return torch.full((image.shape[0], 1, *image.shape[2:]), 5.0)
 
     spec = make_spec(labels={"a": 3}, regions={"whole": {"labels": ["a"], "paint": "a"}})
-    info = SimpleNamespace(plan=make_plan(spec), spec=spec, postprocess=())
+    info = SimpleNamespace(plan=make_plan(spec), spec=spec, postprocess=(), temperature=1.0)
     image = np.zeros((1, 9, 9, 9), np.float32)
     image[0, 3:6, 3:6, 3:6] = 1
     model = Model(SimpleNamespace(info=info), [Always()], torch.device("cpu"))

@@ -13,18 +13,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from medseg import api
-from medseg.bundle import load_networks, open_bundle
+from medseg.bundle import PostStep, load_networks, open_bundle
 from medseg.display import Display
 from medseg.errors import ConfigError, ExportError, MedsegError, PlanError, SpecError, TrainingError
+from medseg.evaluation.table import load_evaluation
 from medseg.files import PARTIAL_PREFIX
+from medseg.inference.postprocess import postprocess
 from medseg.planning.plan import Measured, read_plan
+from medseg.readers import read_image
 from medseg.training import make_plan as make_plan_module
+from medseg.training.choose_steps import StepTrial
+from medseg.training.finish import TRYING_SECONDS, _Scored
 from medseg.training.state import load_state
+from medseg.training.temperature import VoxelSample
+from medseg.volume import Volume
 
 Builder = Callable[..., Path]
 QUICK = ("batch_size=2", "validations=2", "test_mirroring=false", "precision=fp32")
@@ -227,8 +236,60 @@ def test_folds_make_an_ensemble_and_one_fold_is_the_same_alone(place: Path, tmp_
     assert list(weights(tmp_path / "one").values()) == [weights(tmp_path / "all")["fold_1.safetensors"]]
     scored = [p.name for fold in (0, 1) for p in (tmp_path / "all" / "5_folds" / str(fold)).rglob("c*.nii.gz")]
     assert sorted(scored) == [f"c{i}.nii.gz" for i in range(5)], "every case is scored by the network that missed it"
+    report = tmp_path / "all" / "7_report"
+    table = load_evaluation(report)
+    assert table.cases == tuple(f"c{i}" for i in range(5)), "one table of all folds"
+    assert table.provenance["folds"] == "2"
+    assert len((report / "folds.csv").read_text().splitlines()) == 6
+    assert (report / "postprocess.csv").read_text().startswith("label,step,n,before,after")
+    info = open_bundle(tmp_path / "all").info
+    assert info.calibration is not None
+    assert info.calibration.cases == 5
+    for label, value in info.training["dice"].items():
+        assert value == pytest.approx(np.mean(list(table.values("dice", label).values())))
     predicted = api.predict(place / "data", model=tmp_path / "all", out=tmp_path / "masks")
     assert predicted.complete
+
+
+def test_post_processing_is_chosen_from_what_the_networks_have_not_learnt_and_can_be_left_out(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = PostStep(kind="largest_component", labels=("ball",))
+    tried: list[int] = []
+
+    def choose(trial: StepTrial) -> Any:
+        tried.extend(len(rows) for rows in trial.dice.values())
+        return (step,), []
+
+    monkeypatch.setattr(StepTrial, "choose", choose)
+    train(place, tmp_path / "run")
+    assert tried == [1, 1], "the validation case of each label; no test case"
+    info = open_bundle(tmp_path / "run").info
+    assert info.postprocess == (step,)
+    plain = {}
+    for name, wanted in (("with", True), ("without", False)):
+        out = tmp_path / name
+        assert api.predict(place / "data", model=tmp_path / "run", out=out, postprocess=wanted).complete
+        told = json.loads((out / "predictions.json").read_text())
+        assert told["postprocess"] == ("largest_component of ball" if wanted else "")
+        plain[name] = read_image(out / "c5.nii.gz")
+    assert np.array_equal(plain["with"].array, postprocess(plain["without"], (step,), info.spec).array)
+    again = api.predict(place / "data", model=tmp_path / "run", out=tmp_path / "without")
+    assert again.complete
+    assert np.array_equal(read_image(tmp_path / "without" / "c5.nii.gz").array, plain["with"].array), "done anew"
+
+
+def test_trying_post_processing_takes_a_share_of_a_budget_only(make_spec: Any, make_fingerprint: Any) -> None:
+    spec = make_spec()
+    for hurry, expected in ((True, [True, False]), (False, [True, True])):
+        scored = _Scored(StepTrial(spec, make_fingerprint()), VoxelSample(spec, cases=2, seed=0))
+        found = []
+        for trying in (0.0, TRYING_SECONDS + 0.2):
+            scored.trying, scored.predicting = trying, 1.0
+            mask = Volume(np.ones((1, 4, 4, 4), np.uint8), np.eye(4))
+            scored.add(torch.zeros((2, 4, 4, 4)), mask, mask, hurry=hurry)
+            found.append(scored.trial.complete)
+        assert found == expected
 
 
 def test_a_fold_that_does_not_exist_is_refused(place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""One temperature for a model, so that its probabilities mean what they say (Guo et al., ICML 2017).
+
+Logits are divided by it before they become probabilities. The winner stays the winner, so no mask changes. It is
+fitted on voxels of cases that the network has not learnt from, drawn evenly from the box around what is there or was
+found, widened by MARGIN_MM: outside of it a network is right and sure, which would hide how sure it is where it counts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medseg.bundle import Calibration
+from medseg.spec import Spec
+from medseg.targets import channel_names, decode, encode, exclusive
+from medseg.volume import Volume
+
+MARGIN_MM = 10.0
+MAX_VOXELS, MAX_VALUES = 200_000, 4_000_000
+"""Of the sample: voxels, and voxels times channels (16 MB)."""
+MIN_VOXELS = 1000
+BINS = 15
+LOWEST, HIGHEST = 0.25, 4.0
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+class VoxelSample:
+    """Logits and truth of voxels, the same number from each case.
+
+    Parameters
+    ----------
+    cases : how many will be added.
+    """
+
+    def __init__(self, spec: Spec, *, cases: int, seed: int) -> None:
+        self.spec, self.seed = spec, seed
+        self.share = max(1, min(MAX_VOXELS, MAX_VALUES // len(channel_names(spec))) // max(1, cases))
+        self.logits: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def add(self, logits: Tensor, reference: Volume) -> None:
+        """Draw voxels of one case: logits (K, I, J, K') and the reference (1, I, J, K') on one grid."""
+        truth = reference.array[0]
+        box = _around(truth, decode(self.spec, logits).numpy()[0], reference, self.spec)
+        values = torch.from_numpy(np.ascontiguousarray(truth[box]).astype(np.int32)).ravel()
+        known = np.arange(len(values)) if self.spec.ignore is None else np.flatnonzero(values != self.spec.ignore)
+        rng = np.random.default_rng((self.seed, 5, len(self.logits)))
+        drawn = torch.from_numpy(np.sort(rng.choice(known, min(self.share, len(known)), replace=False)))
+        self.logits.append(logits[(slice(None), *box)].reshape(len(logits), -1)[:, drawn].float().T)
+        target, _ = encode(self.spec, values[drawn].reshape(1, 1, -1, 1, 1))
+        self.targets.append(target[0, :, :, 0, 0].T)
+
+    def fit(self) -> Calibration | None:
+        """Return the temperature with the lowest loss and what it changes; None for fewer than MIN_VOXELS."""
+        if sum(map(len, self.logits)) < MIN_VOXELS:
+            return None
+        logits, targets = torch.cat(self.logits), torch.cat(self.targets)
+        alone = exclusive(self.spec)
+        found = best_temperature(logits, targets, alone)
+        return Calibration(
+            temperature=found,
+            ece_before=calibration_error(logits, targets, alone),
+            ece_after=calibration_error(logits / found, targets, alone),
+            nll_before=loss(logits, targets, alone),
+            nll_after=loss(logits / found, targets, alone),
+            voxels=len(logits),
+            cases=len(self.logits),
+        )
+
+
+def _around(truth: NDArray[np.generic], found: NDArray[np.generic], grid: Volume, spec: Spec) -> tuple[slice, ...]:
+    """Return the box around all labels, true and found; the whole image where there is none."""
+    there = np.isin(truth, list(spec.foreground.values())) | (found != 0)
+    if not there.any():
+        return tuple(slice(0, n) for n in truth.shape)
+    box = []
+    for axis, size in enumerate(there.shape):
+        hit = np.flatnonzero(there.any(tuple(n for n in range(3) if n != axis)))
+        more = math.ceil(MARGIN_MM / grid.spacing[axis])
+        box.append(slice(max(0, int(hit[0]) - more), min(size, int(hit[-1]) + 1 + more)))
+    return tuple(box)
+
+
+def loss(logits: Tensor, targets: Tensor, alone: bool) -> float:
+    """Return the mean negative log-likelihood in nats of (N, K) logits; of regions, per voxel and region.
+
+    `alone`: whether classes exclude each other (softmax), else regions (sigmoid); targets are 0 or 1.
+    """
+    if alone:
+        return float(F.cross_entropy(logits, targets.argmax(1)))
+    return float(F.binary_cross_entropy_with_logits(logits, targets))
+
+
+def best_temperature(logits: Tensor, targets: Tensor, alone: bool) -> float:
+    """Return the temperature from LOWEST to HIGHEST with the lowest loss, by golden section on its logarithm.
+
+    The loss is convex in 1 / temperature, so that there is one lowest point.
+    """
+
+    def at(x: float) -> float:
+        return loss(logits / math.exp(x), targets, alone)
+
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    first, second = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    f_first, f_second = at(first), at(second)
+    while high - low > 2e-3:
+        if f_first <= f_second:
+            high, second, f_second = second, first, f_first
+            first = high - GOLDEN * (high - low)
+            f_first = at(first)
+        else:
+            low, first, f_first = first, second, f_second
+            second = low + GOLDEN * (high - low)
+            f_second = at(second)
+    return round(math.exp((low + high) / 2), 3)
+
+
+def calibration_error(logits: Tensor, targets: Tensor, alone: bool) -> float:
+    """Return the expected calibration error: BINS bins of equal width of the probability of the winner.
+
+    In each, the distance between the mean of that probability and the share of voxels in which the winner is right,
+    weighted by its voxels. Of regions, each voxel and region is a decision between yes and no.
+    """
+    if alone:
+        confidence, winner = logits.softmax(1).max(1)
+        right = targets.gather(1, winner[:, None])[:, 0]
+    else:
+        sure = logits.sigmoid().ravel()
+        confidence = torch.maximum(sure, 1 - sure)
+        right = ((logits > 0).float() == targets).float().ravel()
+    number = (confidence * BINS).long().clamp(max=BINS - 1)
+    difference = torch.zeros(BINS, dtype=torch.float64).index_add_(0, number, (confidence - right).double())
+    return float(difference.abs().sum() / len(confidence))
