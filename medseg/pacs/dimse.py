@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -209,9 +210,11 @@ class Node:
 
 
 def _quiet() -> None:
-    """Silence pynetdicom: it logs UIDs and what stands in messages."""
+    """Silence pynetdicom and pydicom for good: they log UIDs and values, pynetdicom's threads outside of `quiet`."""
     need("pynetdicom._config").LOG_HANDLER_LEVEL = "none"  # type: ignore[attr-defined]
-    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
+    for name in ("pynetdicom", "pydicom"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
 
 
 def _acceptor_tls(tls: Tls | None) -> ssl.SSLContext | None:

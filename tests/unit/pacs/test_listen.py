@@ -8,6 +8,7 @@ import logging
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread
@@ -72,6 +73,14 @@ def is_done(found: Station, peer: Any, count: int = 1) -> None:
     assert len(peer.taken) == count
     assert found.inbox.studies() == []
     assert found.outbox.waiting() == []
+
+
+def test_values_that_pydicom_warns_of_are_not_logged(station: Build, caplog: Any) -> None:
+    """pynetdicom sets the identifiers of each message, in its own threads; pydicom quotes those that are invalid."""
+    station()
+    with caplog.at_level(logging.DEBUG), warnings.catch_warnings(record=True) as shown:
+        pydicom.Dataset().SOPInstanceUID = "../../CANARY"
+    assert ("CANARY" in caplog.text, [str(warning.message) for warning in shown]) == (False, [])
 
 
 def test_from_the_scanner_to_the_archive(
