@@ -174,7 +174,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     mirror: bool | None = None,
     cases: Literal["test", "train", "all"] | None = None,
     splits: PathLike | None = None,
-    formats: Sequence[str] = ("nifti",),
+    formats: Sequence[str] = (),
     send: Sequence[str] = (),
     channels: PathLike | None = None,
     allow: Sequence[str] = (),
@@ -188,7 +188,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     Parameters
     ----------
     inputs : paths, or addresses of archives (``dicomweb://HOST:PORT/PATH?StudyDate=20260101-``).
-    formats : of the results, names of medseg.exporters.EXPORTERS; "seg" gives ``OUT/<id>.seg.dcm``.
+    formats : of the results, names of medseg.exporters.EXPORTERS (NIfTI, and for pictures their own kind, unless told);
+        "seg" gives ``OUT/<id>.seg.dcm``.
     send : addresses of archives that get the results as DICOM.
     channels : YAML file with the rules (`match`) that find the model's channels in DICOM studies, instead of its own.
     allow : "tilt", "irregular": DICOM series with such a fault are corrected by resampling instead of refused.

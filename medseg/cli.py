@@ -251,7 +251,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
         mirror=mirror,
         cases=None if cases is None else cases.value,
         splits=splits,
-        formats=formats or ("nifti",),
+        formats=formats or (),
         send=send or (),
         channels=channels,
         allow=allow or (),

@@ -37,8 +37,8 @@ Formats = Annotated[
     list[str] | None,
     typer.Option(
         "--format",
-        help="nifti (default); for DICOM inputs also seg, seg-labelmap, seg-fractional, rtstruct, sr, sc; several by "
-        "commas.",
+        help="nifti; png or tiff for pictures (both by default); for DICOM inputs also seg, seg-labelmap, "
+        "seg-fractional, rtstruct, sr, sc; several by commas.",
     ),
 ]
 Send = Annotated[

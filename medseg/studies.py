@@ -10,7 +10,7 @@ import numpy as np
 
 from medseg.channels import choose_channels, combine, read_chosen
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
-from medseg.readers import READERS, read_image, reader_for
+from medseg.readers import READERS, read_image, read_labels, reader_for
 from medseg.readers.allowances import Allowance
 from medseg.readers.label_request import LabelRequest, Wanted
 from medseg.spec import Case, Spec
@@ -40,7 +40,7 @@ def read_study(spec: Spec, case: Case) -> Study:
     ------
     MedsegError : any reading error, CHANNEL_MISSING, CHANNEL_AMBIGUOUS, CHANNEL_COUNT, CHANNEL_GRID,
         CHANNEL_COVERAGE, FRAME_OF_REFERENCE_DIFFERS, LABEL_BETWEEN_SLICES, LABEL_GRID, LABEL_VALUES,
-        LABEL_NOT_INTEGER, any refusal of DICOM labels; the message starts with the case id.
+        LABEL_NOT_INTEGER, UNIT_DIFFERS, any refusal of DICOM labels; the message starts with the case id.
     """
     try:
         image, drawn_on = _read_images(spec, case)
@@ -74,6 +74,12 @@ def read_channels(spec: Spec, paths: tuple[Path, ...], *, allow: Collection[Allo
     # paths and channels differ in number where one file holds all channels
     suv = [channel.suv for channel in spec.channels.values()] if len(paths) == len(names) else [None] * len(paths)
     volumes = [read_image(path, suv=wanted, allow=allow) for path, wanted in zip(paths, suv, strict=True)]
+    if spec.unit == "mm" and any(volume.unit == "pixel" for volume in volumes):
+        raise ReadError(
+            "a picture has no scale, and lengths in mm are wanted; say `unit: pixel` in the spec of a dataset of "
+            "pictures, or give images in mm",
+            code="UNIT_DIFFERS",
+        )
     counts = [volume.array.shape[0] for volume in volumes]
     if sum(counts) != len(names) or (len(counts) > 1 and max(counts) > 1):
         raise ReadError(
@@ -105,7 +111,7 @@ def _read_mask(spec: Spec, case: Case, image: Volume, drawn_on: tuple[Path, ...]
                 code="LABEL_BETWEEN_SLICES",
             )
         return by_name(paths, LabelRequest(image, wanted_labels(spec), drawn_on, spec.overlap))
-    stored = _first_channel(read_image(paths[0]))
+    stored = _first_channel(read_labels(paths[0]))
     mask = align_to(stored, image)
     if mask is None:
         raise GeometryError(

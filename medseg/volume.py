@@ -143,6 +143,14 @@ def reorient(volume: Volume, axis_codes: str) -> Volume:
     return _turn(volume, orientation_to(volume.affine, axis_codes))
 
 
+def shown_axes(unit: Unit) -> str:
+    """Return the axes to which an image is turned to be shown against them: from left to right and down.
+
+    A patient is looked at from the front and from below (RAS); a picture as it is stored.
+    """
+    return "RAS" if unit == "mm" else "LPS"
+
+
 def _turn(volume: Volume, flips: Flips) -> Volume:
     array = np.stack([orientations.apply_orientation(channel, flips) for channel in volume.array])
     affine = volume.affine @ orientations.inv_ornt_aff(flips, volume.shape)

@@ -79,7 +79,7 @@ def attempt(
 
 def settled(study: StudyInput, source: str, settings: Settings) -> Entry | None:
     """Return the entry of a study if nothing is to be done for it."""
-    names = tuple(f"{study.id}{EXPORTERS[name].suffix}" for name in settings.formats)
+    names = tuple(f"{study.id}{EXPORTERS[name].suffix}" for name in settings.formats_of(study))
     return Ledger(settings.out).settled(
         study.id, input_digest=source, model_digest=settings.recipe, outputs=names, allow=study.allow
     )
@@ -100,7 +100,8 @@ def _attempt(
 
     entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=settings.recipe)
     try:
-        entry = segment(study, model, ledger, entry, mirror=settings.mirror, formats=settings.formats, tell=told)
+        formats = settings.formats_of(study)
+        entry = segment(study, model, ledger, entry, mirror=settings.mirror, formats=formats, tell=told)
     except ExportError:
         with contextlib.suppress(ExportError):  # nor may this have a place to be written
             ledger.end(study.id, {})

@@ -13,9 +13,11 @@ from medseg.batch.dicom_inputs import chosen_input, dicom_inputs
 from medseg.batch.names import refuse_same_names, told_apart
 from medseg.batch.study_input import StudyInput
 from medseg.errors import BatchError, MedsegError, ReadError
+from medseg.exporters import EXPORTERS
 from medseg.readers.archives import Archives, unpacked
 from medseg.readers.dicom_scan import scan
 from medseg.readers.nifti import is_nifti, stem
+from medseg.readers.picture import is_picture
 from medseg.spec import Case, Spec, load_dataset
 
 Choice = Literal["test", "train", "all"]
@@ -49,13 +51,14 @@ def find_inputs(
     Parameters
     ----------
     spec : of the model: with several channels, ``<case>_<channel>.nii.gz`` files are put together; its rules find
-        the series of DICOM studies.
+        the series of DICOM studies. Pictures in folders are inputs of a model in pixels only: beside volumes they are
+        previews.
     choice, splits : which cases of a dataset (the test cases if it has any, unless told).
-    out : where masks are written: nothing below it is an input, however it lies to `paths`; NIfTI files that it
+    out : where masks are written: nothing below it is an input, however it lies to `paths`; files that it
         knows from an earlier run keep their ids.
     archives : what `paths` were unpacked from: origins and ids then are those of archive and member.
 
-    A file that is given twice is one study. NIfTI files of one name are told apart by a hash in their ids.
+    A file that is given twice is one study. Files of one name are told apart by a hash in their ids.
 
     Raises
     ------
@@ -70,10 +73,14 @@ def find_inputs(
             raise BatchError(f"{path}: this input does not exist", code="NOT_FOUND")
         if _is_dataset(path):
             found += _dataset_inputs(path, spec, choice, splits)
-        elif path.is_file() and is_nifti(path):
+        elif path.is_file() and (is_nifti(path) or is_picture(path)):
             images.append(path)
         else:
-            images += sorted(p for p in path.rglob("*") if _is_input(p, path, out)) if path.is_dir() else []
+            images += (
+                sorted(p for p in path.rglob("*") if _is_input(p, path, out, pictures=spec.unit == "pixel"))
+                if path.is_dir()
+                else []
+            )
             places.append(path)
     found += with_origins(dicom_inputs(places, spec, archives), archives)
     found = list({(study.id, study.images): study for study in found}.values())
@@ -84,9 +91,10 @@ def find_inputs(
     found += told_apart(rows, taken={study.id for study in found}, out=out, unpacked=named)
     found += refused_archives(archives, found)
     if not found:
+        kinds = ".nii or .nii.gz files, folders with DICOM series"
+        kinds += ", PNG, TIFF or JPEG pictures" if spec.unit == "pixel" else ""
         raise BatchError(
-            f"{', '.join(str(p) for p in paths)}: no image was found; give .nii or .nii.gz files, folders with DICOM "
-            "series, or a dataset",
+            f"{', '.join(str(p) for p in paths)}: no image was found; give {kinds}, or a dataset",
             code="EMPTY_INPUT",
         )
     refuse_same_names(found)
@@ -94,10 +102,14 @@ def find_inputs(
     return sorted(found, key=lambda study: study.id)
 
 
-def _is_input(path: Path, root: Path, out: Path | None) -> bool:
-    """Tell whether a file below `root` is a NIfTI image that somebody gave us, not one of ours or half a file."""
+def _is_input(path: Path, root: Path, out: Path | None, *, pictures: bool) -> bool:
+    """Tell whether a file below `root` is an image that somebody gave us, not one of ours or half a file."""
     dangling = path.is_symlink() and not path.exists()  # is refused later; who is left out here is forgotten
-    if not is_nifti(path) or path.name.startswith(".") or not (path.is_file() or dangling):
+    if (
+        not (is_nifti(path) or (pictures and is_picture(path)))
+        or path.name.startswith(".")
+        or not (path.is_file() or dangling)
+    ):
         return False
     # A mask (or corrected image) of this or an earlier run, for example of another model, below the input.
     if (path.parent / "ledger" / f"{stem(path).removesuffix('.image')}.json").exists():
@@ -182,8 +194,9 @@ def _nifti_inputs(images: Iterable[Path], spec: Spec) -> list[StudyInput]:
 
 def _refuse_overwriting(studies: Sequence[StudyInput], out: Path | None) -> None:
     for study in studies if out is not None else ():
-        target = (out or Path()) / f"{study.id}.nii.gz"
-        if target.resolve() in {path.resolve() for path in study.images}:
+        # Of every format: where a study is refused, what stands there of an earlier run is removed.
+        targets = {((out or Path()) / f"{study.id}{row.suffix}").resolve() for _, row in EXPORTERS.items()}
+        if targets & {path.resolve() for path in study.images}:
             raise BatchError(
                 f"the mask of {study.origin} would be written over it; choose another --out", code="OVERWRITES_INPUT"
             )

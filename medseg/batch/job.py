@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medseg import errors
 from medseg.batch.study_input import StudyInput
 from medseg.errors import MedsegError
+from medseg.exporters import usual_format
 from medseg.readers.dicom_header import Header
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_refusals import Refusal
@@ -32,7 +33,7 @@ class Settings:
     model : folder of the bundle.
     info : content of its model.json as it is used here (rules may have been replaced).
     recipe : what results are made by; a worker that loads something else stops.
-    mirror, formats : as in medseg.batch.run.predict.
+    mirror, formats : as in medseg.batch.run.predict; no format: the usual one of each study.
     """
 
     out: Path
@@ -41,6 +42,10 @@ class Settings:
     recipe: str
     mirror: bool | None
     formats: tuple[str, ...]
+
+    def formats_of(self, study: StudyInput) -> tuple[str, ...]:
+        """Return the formats in which a study is written."""
+        return self.formats or (usual_format(study.images[0]),)
 
 
 KINDS["Settings"] = Settings

@@ -63,13 +63,13 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     mirror: bool | None = None,
     choice: Choice | None = None,
     splits: Path | None = None,
-    formats: Sequence[str] = ("nifti",),
+    formats: Sequence[str] = (),
     allow: Collection[Allowance] = (),
     workers: Workers | None = None,
     shard: Shard | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BatchResult:
-    """Segment every study below `inputs` into ``OUT/<id>.nii.gz`` (other `formats`: other endings).
+    """Segment every study below `inputs` into ``OUT/<id>.nii.gz`` (pictures and other `formats`: other endings).
 
     Also written: OUT/ledger (how each study stands), OUT/summary.csv (states, reasons, volumes), OUT/predictions.json
     (what made them), OUT/private/linkage.csv (id -> path, for the user only). Running it again does only what is not
@@ -82,7 +82,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     choice, splits : which cases of a dataset.
     allow : what is corrected by resampling instead of refused: "tilt", "irregular"; a dataset may allow more. Studies
         that were refused for it are tried again.
-    formats : names of EXPORTERS; formats that an earlier run wrote for a study into OUT are kept up to date.
+    formats : names of EXPORTERS; unless told, NIfTI, and for pictures their own kind (PNG or TIFF). Formats that an
+        earlier run wrote for a study into OUT are kept up to date.
     workers : processes that do the studies, so that one that crashes, hangs or takes too much memory costs itself
         only. None: this process does them; what killed it is then done last by the next run, in a process of its own.
     shard : which part of the studies; other runs do the others into the same OUT.
@@ -94,7 +95,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     BundleError : the model cannot be used.
     ExportError : OUT itself cannot be written (full disk); what is done stays done.
     """
-    names = choose_formats(formats)
+    names = choose_formats(formats) if formats else ()
     with _engine(model, workers) as (bundle, engine):
         spec = bundle.info.spec
         with opened_inputs(inputs, spec, choice=choice, splits=splits, out=out) as studies, _held(out):

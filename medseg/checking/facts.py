@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from medseg.spec import Case, Spec
 from medseg.studies import Study
-from medseg.volume import Unit, Volume, reorient
+from medseg.volume import Unit, Volume, reorient, shown_axes
 
 SAMPLES = 1_000_000
 """Percentiles are taken from at most about this many voxels, evenly spaced through the image."""
@@ -151,10 +151,11 @@ def thumbnail(spec: Spec, study: Study) -> tuple[Slice, ...]:
     """Return the axial, coronal and sagittal slice with most labelled voxels (the middle one without labels).
 
     Slices are shown as a radiologist reads them, the patient's right on the left, and are thinned to THUMBNAIL
-    pixels; a picture has one.
+    pixels; a picture has one, as it is.
     """
-    image = reorient(study.image, "RAS")
-    labels = None if study.mask is None else reorient(study.mask, "RAS").array[0]
+    axes = shown_axes(study.image.unit)
+    image = reorient(study.image, axes)
+    labels = None if study.mask is None else reorient(study.mask, axes).array[0]
     inside = np.zeros(image.shape, bool) if labels is None else np.isin(labels, list(spec.foreground.values()))
     facts = _intensity(image.array[0])
     slices = []

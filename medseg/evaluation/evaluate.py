@@ -17,8 +17,9 @@ from medseg.errors import ConfigError, GeometryError, ReadError, SpecError
 from medseg.evaluation.metrics import METRICS, Measurement, Pair, measure, measure_failed
 from medseg.evaluation.table import Evaluation, Row, Target, make_evaluation, write_evaluation
 from medseg.plots import colours_for
-from medseg.readers import read_image
+from medseg.readers import read_labels
 from medseg.readers.nifti import is_nifti, stem
+from medseg.readers.picture import is_picture
 from medseg.spec import Case, Dataset, Spec, load_dataset, spec_digest
 from medseg.studies import read_study
 from medseg.volume import Volume, align_to
@@ -27,6 +28,8 @@ PROVENANCE = "predictions.json"
 """File beside the predictions that says what made them."""
 LEDGER = "ledger"
 """Folder beside the predictions that says how each study went (medseg.batch.ledger)."""
+SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
+"""Endings of predicted masks, in the order in which they are looked for."""
 _PROVENANCE_KEYS = {
     "model_hash": "model_hash",
     "plan_hash": "plan_hash",
@@ -81,7 +84,7 @@ def evaluate(
 
     Parameters
     ----------
-    predictions : folder of label maps (.nii.gz or .nii) named by case id.
+    predictions : folder of label maps (.nii.gz, .nii, .png or .tif) named by case id.
     reference : a dataset (see medseg.spec.load_dataset), or a folder of masks named by case id.
     spec : labels, regions and ignore label for a folder of masks; without it the labels are the values that occur.
     splits : file with lists `train` and `test` that replaces the dataset's own.
@@ -159,10 +162,11 @@ def dataset_reference(dataset: Dataset, cases: Sequence[Case], part: str) -> Ref
 
 
 def _mask_folder(folder: Path, predictions: Path, spec: Spec | Path | None) -> Reference:
-    masks = sorted(path for path in folder.iterdir() if is_nifti(path) and not path.name.startswith("."))
+    masks = sorted(path for path in folder.iterdir() if _is_label_map(path) and not path.name.startswith("."))
     if not masks:
         raise ConfigError(
-            f"{folder}: this is neither a dataset nor a folder of .nii or .nii.gz masks", code="NO_REFERENCE"
+            f"{folder}: this is neither a dataset nor a folder of .nii, .nii.gz, .png or .tif masks",
+            code="NO_REFERENCE",
         )
     if isinstance(spec, Path):
         spec = config.load(Spec, spec, error=SpecError)
@@ -174,6 +178,10 @@ def _mask_folder(folder: Path, predictions: Path, spec: Spec | Path | None) -> R
     colours = colours_for(values)
     targets = tuple(Target(f"label_{value}", (value,), colours[value]) for value in values)
     return Reference(None, cases, targets, {"dataset": "folder of masks", "split": "all"})
+
+
+def _is_label_map(path: Path) -> bool:
+    return is_nifti(path) or is_picture(path)
 
 
 def _values_found(masks: Mapping[str, Path], predictions: Path) -> list[int]:
@@ -207,7 +215,7 @@ def targets_of(spec: Spec) -> tuple[Target, ...]:
 
 def find_prediction(predictions: Path, case_id: str) -> Path | None:
     """Return the label map of a case in a folder of predictions, None where there is none."""
-    candidates = (predictions / f"{case_id}{suffix}" for suffix in (".nii.gz", ".nii"))
+    candidates = (predictions / f"{case_id}{suffix}" for suffix in SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -219,7 +227,7 @@ def read_label_map(path: Path, case_id: str) -> Volume:
     ReadError, GeometryError : it cannot be read, or has several channels (NOT_3D).
     SpecError : LABEL_NOT_INTEGER.
     """
-    volume = read_image(path)
+    volume = read_labels(path)
     if volume.array.shape[0] != 1:
         raise ReadError(f"case {case_id}: the mask has {volume.array.shape[0]} channels, not one", code="NOT_3D")
     array = volume.array.astype(np.int32)

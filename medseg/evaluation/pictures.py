@@ -20,7 +20,7 @@ from medseg.evaluation.evaluate import (
 from medseg.plots import three_planes_png
 from medseg.spec import Case
 from medseg.studies import read_study
-from medseg.volume import Volume, reorient
+from medseg.volume import Volume, reorient, shown_axes
 
 Picture = Callable[[str], bytes]
 """Case id -> PNG."""
@@ -54,17 +54,19 @@ def case_pictures(predictions: Path, reference: Path, *, splits: Path | None = N
 
 def _draw(chosen: Reference, case: Case, predictions: Path, colours: Mapping[int, str]) -> bytes:
     truth, image = _read(chosen, case)
+    axes = shown_axes(truth.unit)
     path = find_prediction(predictions, case.id)
     predicted = None
     if path is not None:
-        predicted = _ras(align_prediction(read_label_map(path, case.id), truth, case.id))
-    shown = reorient(truth, "RAS")
+        predicted = _turned(align_prediction(read_label_map(path, case.id), truth, case.id), axes)
+    shown = reorient(truth, axes)
     return three_planes_png(
-        np.zeros(shown.shape) if image is None else _ras(image),
+        np.zeros(shown.shape) if image is None else _turned(image, axes),
         predicted,
         shown.spacing,
         colours,
         reference=shown.array[0],
+        letters=truth.unit == "mm",
     )
 
 
@@ -76,6 +78,6 @@ def _read(chosen: Reference, case: Case) -> tuple[Volume, Volume | None]:
     return chosen.read(case) if study.mask is None else study.mask, study.image
 
 
-def _ras(volume: Volume) -> NDArray[Any]:
-    """Return the first channel with its axes turned to RAS."""
-    return np.asarray(reorient(volume, "RAS").array[0])
+def _turned(volume: Volume, axes: str) -> NDArray[Any]:
+    """Return the first channel with its axes turned."""
+    return np.asarray(reorient(volume, axes).array[0])

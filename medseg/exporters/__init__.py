@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medseg.errors import ConfigError
+from medseg.readers.picture import is_picture
 from medseg.registry import Registry
 
 if TYPE_CHECKING:
@@ -38,6 +39,20 @@ def _nifti(path: Path, result: Result) -> tuple[str, ...]:
     from medseg.exporters.nifti import write_nifti
 
     write_nifti(path, result.mask)
+    return ()
+
+
+def _png(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.picture import write_png
+
+    write_png(path, result.mask)
+    return ()
+
+
+def _tiff(path: Path, result: Result) -> tuple[str, ...]:
+    from medseg.exporters.picture import write_tiff
+
+    write_tiff(path, result.mask)
     return ()
 
 
@@ -81,6 +96,8 @@ EXPORTERS: Registry[Exporter] = Registry(
     "exporters",
     {
         "nifti": Exporter(".nii.gz", _nifti),
+        "png": Exporter(".png", _png),
+        "tiff": Exporter(".tif", _tiff),
         "seg": Exporter(".seg.dcm", _seg, dicom=True),
         "seg-labelmap": Exporter(".labelmap.dcm", _labelmap, dicom=True),
         "seg-fractional": Exporter(".fractional.dcm", _fractional, dicom=True, soft=True),
@@ -89,6 +106,12 @@ EXPORTERS: Registry[Exporter] = Registry(
         "sc": Exporter(".sc.dcm", _sc, dicom=True),
     },
 )
+
+
+def usual_format(image: Path) -> str:
+    """Return the format of the mask of an image where none is asked for: that of its own kind."""
+    suffix = image.suffix.lower()
+    return "tiff" if suffix in (".tif", ".tiff") else "png" if is_picture(image) else "nifti"
 
 
 def choose_formats(words: Iterable[str]) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     mirror: bool | None = None,
     choice: Choice | None = None,
     splits: Path | None = None,
-    formats: Sequence[str] = ("nifti",),
+    formats: Sequence[str] = (),
     allow: Collection[Allowance] = (),
     send: Sequence[str] = (),
     patience: Patience | None = None,
@@ -94,7 +94,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     """
     paths, addresses = split_addresses(inputs)
     targets = [parse_address(text, whole=True) for text in send]
-    names = choose_formats(formats)
+    names = choose_formats(formats or ("nifti",))
     if targets and not any(EXPORTERS[name].dicom for name in names):
         raise ConfigError("an archive takes DICOM only: add --format seg (or rtstruct, sr) to send results")
     webs = [_web(address, [*addresses, *targets], patience) for address in addresses]

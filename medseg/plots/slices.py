@@ -68,6 +68,7 @@ def three_planes_png(
     *,
     reference: Array | None = None,
     title: str = "",
+    letters: bool = True,
 ) -> bytes:
     """Return the PNG of the axial, coronal and sagittal plane through the middle of what is labelled.
 
@@ -76,24 +77,27 @@ def three_planes_png(
     image, mask, reference : (I, J, K) with axes RAS (see medseg.volume.reorient); one channel.
     spacing : (I, J, K) in mm.
     reference : drawn as a white outline; it also decides where the planes lie, unless it is empty.
+    letters : whether directions of the patient stand at the borders.
 
     The patient's right is on the left of the axial and the coronal plane, anterior on the left of the sagittal one.
-    Without labels the planes go through the middle of the volume.
+    Without labels the planes go through the middle of the volume. A picture, one voxel deep, has one plane.
     """
     where = [labels for labels in (reference, mask) if labels is not None and np.isin(labels, list(colours)).any()]
     centre = _centre(np.isin(where[0], list(colours))) if where else tuple(n // 2 for n in image.shape)
     planes = [Plane(axis, centre[axis]) for axis in (2, 1, 0)]
+    planes = [p for p in planes if 1 not in (image.shape[p.row], image.shape[p.column])] or planes
     widths = [image.shape[p.column] * spacing[p.column] for p in planes]
     heights = [image.shape[p.row] * spacing[p.row] for p in planes]
     inches = 2.8
     scale = inches / max(heights)
     figure = Figure(figsize=(sum(widths) * scale + 0.2, inches + 0.3), layout="constrained", facecolor="black")
-    grid = figure.subplots(1, 3, width_ratios=widths)
-    for axes, plane in zip(grid, planes, strict=True):
+    grid = figure.subplots(1, len(planes), width_ratios=widths, squeeze=False)
+    for axes, plane in zip(grid[0], planes, strict=True):
         labels, outline = (None if volume is None else plane.cut(volume) for volume in (mask, reference))
         distance = (spacing[plane.row], spacing[plane.column])
         _draw_slice(axes, plane.cut(image), labels, outline, colours, distance)
-        edge_letters(axes, plane.letters)
+        if letters:
+            edge_letters(axes, plane.letters)
     if title:
         figure.suptitle(title, color="white", fontsize=9)
     return png(figure)

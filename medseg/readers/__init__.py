@@ -10,6 +10,7 @@ from medseg.errors import ReadError
 from medseg.readers.allowances import Allowance
 from medseg.readers.label_request import LabelReader, LabelRequest
 from medseg.readers.nifti import is_nifti, read_nifti
+from medseg.readers.picture import is_picture, read_picture, read_picture_labels
 from medseg.registry import Registry
 from medseg.volume import Volume
 
@@ -25,6 +26,7 @@ class Reader:
     identifying : whether names on disk may identify a patient, so that case ids must be hashed.
     labels : reads masks of this kind where they are no label map of their own but name structures; None where
         `read` gives the label map.
+    read_labels : reads a label map, where that is done otherwise than reading an image.
     read_series : as `read`, and whether values are brought to SUV (None: if they are PET), and what may be corrected by
         resampling; None for files that do not say what they hold.
     """
@@ -33,6 +35,7 @@ class Reader:
     read: Callable[[Path], Volume]
     identifying: bool = False
     labels: LabelReader | None = None
+    read_labels: Callable[[Path], Volume] | None = None
     read_series: Callable[[Path, bool | None, Collection[Allowance]], Volume] | None = None
 
 
@@ -56,7 +59,8 @@ READERS: Registry[Reader] = Registry(
     "readers",
     {
         "nifti": Reader(is_nifti, read_nifti),
-        "dicom": Reader(_is_dicom, _read_dicom, True, _read_dicom_labels, _read_dicom),
+        "picture": Reader(is_picture, read_picture, read_labels=read_picture_labels),
+        "dicom": Reader(_is_dicom, _read_dicom, True, _read_dicom_labels, read_series=_read_dicom),
     },
 )
 
@@ -68,7 +72,7 @@ def reader_for(path: Path) -> Reader:
             return reader
     raise ReadError(
         f"{path.name}: none of the readers ({', '.join(READERS)}) takes this kind of file; "
-        "give a .nii or .nii.gz file, or a folder that holds one DICOM series",
+        "give a .nii or .nii.gz file, a PNG, TIFF or JPEG picture, or a folder that holds one DICOM series",
         code="UNKNOWN_FORMAT",
     )
 
@@ -85,7 +89,17 @@ def read_image(path: Path, *, suv: bool | None = False, allow: Collection[Allowa
     ------
     ReadError, GeometryError : with the reason code of the reader, or NOT_FOUND / UNKNOWN_FORMAT.
     """
+    reader = _reader_of(path)
+    return reader.read(path) if reader.read_series is None else reader.read_series(path, suv, allow)
+
+
+def read_labels(path: Path) -> Volume:
+    """Read a label map, whatever its format, as it is stored; raises as `read_image` does."""
+    reader = _reader_of(path)
+    return (reader.read_labels or reader.read)(path)
+
+
+def _reader_of(path: Path) -> Reader:
     if not path.exists():
         raise ReadError(f"{path.name}: this file or folder does not exist", code="NOT_FOUND")
-    reader = reader_for(path)
-    return reader.read(path) if reader.read_series is None else reader.read_series(path, suv, allow)
+    return reader_for(path)

@@ -21,10 +21,11 @@ from medseg.errors import ExportError, ReadError
 from medseg.readers.archive_members import is_tar, is_zip, members, refuse_archive
 from medseg.readers.dicom_files import SCRATCH_PREFIX, files_below
 from medseg.readers.dicom_header import DICOM_SUFFIXES, may_be_slice
+from medseg.readers.picture import SUFFIXES as PICTURE_SUFFIXES
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz")
 """Endings by which archives are known; files without any ending are looked into."""
-IMAGE_SUFFIXES = (".nii.gz", ".nii", *DICOM_SUFFIXES)
+IMAGE_SUFFIXES = (".nii.gz", ".nii", *PICTURE_SUFFIXES, *DICOM_SUFFIXES)
 """Endings that a file keeps on disk, because readers go by them."""
 LOCK = "lock"
 YOUNG = 60.0

@@ -29,7 +29,7 @@ from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.loop import Job, Learner
 from medseg.training.state import LoopState
 from medseg.training.temperature import VoxelSample
-from medseg.volume import Volume, reorient
+from medseg.volume import Volume, reorient, shown_axes
 
 FINISH_SECONDS = 8.0
 """Bundle, tables, plots and registry; measured 5 to 8 s on two cores."""
@@ -222,10 +222,14 @@ def _overlays(job: Job, run: Path, folder: Path) -> None:
 def write_overlay(path: Path, spec: Spec, case: Case, mask: Volume) -> None:
     """Draw three planes of a case with a predicted mask, the reference (where there is one) as outline."""
     study = read_study(spec, case)
-    image, found = reorient(study.image, "RAS"), reorient(mask, "RAS")
-    reference = None if study.mask is None else reorient(study.mask, "RAS").array[0]
+    axes = shown_axes(study.image.unit)
+    image, found = reorient(study.image, axes), reorient(mask, axes)
+    reference = None if study.mask is None else reorient(study.mask, axes).array[0]
     colours = colours_for(spec.foreground.values(), {label.value: label.color for label in spec.labels.values()})
-    content = three_planes_png(image.array[0], found.array[0], image.spacing, colours, reference=reference)
+    letters = study.image.unit == "mm"
+    content = three_planes_png(
+        image.array[0], found.array[0], image.spacing, colours, reference=reference, letters=letters
+    )
     write_atomically(path, lambda temporary: _put(temporary, content))
 
 

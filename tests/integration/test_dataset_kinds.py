@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from medseg import api
 from medseg.errors import MedsegError
 from medseg.planning.plan import Measured, read_plan
+from medseg.readers import read_labels
 from medseg.readers.nifti import read_nifti
 from medseg.training import make_plan as planning
 
@@ -213,3 +215,76 @@ def test_constant_images_stop_no_training_and_are_refused_when_predicting(
     api.train(data, out=tmp_path / "run", steps=3, settings=SETTINGS)
     result = api.predict(data, model=tmp_path / "run", out=tmp_path / "masks")
     assert {entry.id: entry.code for entry in result.entries} == {"c4": "", "c5": "CONSTANT_IMAGE"}
+
+
+def picture_dataset(folder: Path, suffix: str, *, cases: int = 8, test: int = 2) -> Path:
+    """Noisy discs (255) in the upper left of grey pictures of several sizes; a mask that is turned does not fit."""
+    rng = np.random.default_rng(3)
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True)
+    for case in range(cases):
+        height, width = 40 + 4 * (case % 3), 56
+        rows, columns = np.mgrid[:height, :width]
+        centre, radius = rng.uniform((10, 12), (20, 26)), rng.uniform(6, 9)
+        inside = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
+        grey = np.clip(60 + 90 * inside + rng.normal(0, 12, inside.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(grey).save(folder / "images" / f"p{case}{suffix}")
+        Image.fromarray((inside * 255).astype(np.uint8)).save(folder / "labels" / f"p{case}{suffix}")
+    spec = {
+        "name": "discs",
+        "unit": "pixel",
+        "images": f"images/{{case}}{suffix}",
+        "masks": f"labels/{{case}}{suffix}",
+        "channels": {"grey": {}},
+        "labels": {"disc": 255},
+        "splits": {"test": [f"p{case}" for case in range(cases - test, cases)]},
+    }
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(spec))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_pictures(tmp_path: Path, suffix: str) -> None:
+    data = picture_dataset(tmp_path / "data", suffix)
+    assert not [row for row in api.check(data, out=tmp_path / "check").findings if row.severity == "error"]
+    scores = journey(data, tmp_path, "network.options.features=[8,16,24,32]")
+    assert scores["disc"] > ENOUGH, scores
+    plan = read_plan(tmp_path / "run" / "3_plan.yaml")
+    assert (plan.dimensions, plan.patch_size[2], plan.augmentation.mirror_axes) == (2, 1, (0, 1))
+    for case in ("p6", "p7"):
+        mask = np.asarray(Image.open(tmp_path / "masks" / f"{case}{suffix}"))
+        assert mask.shape == np.asarray(Image.open(data / "images" / f"{case}{suffix}")).shape
+        assert set(np.unique(mask)) == {0, 255}
+    assert not list((tmp_path / "masks").glob("*.nii.gz"))
+    picture_folders(data, tmp_path, suffix)
+
+
+def picture_folders(data: Path, root: Path, suffix: str) -> None:
+    """A folder of pictures, and other formats into the same output."""
+    loose = root / "loose"
+    shutil.copytree(data / "images", loose / "a")
+    shutil.copytree(data / "images", loose / "b")
+    (loose / "b" / f"broken{suffix}").write_bytes((data / "images" / f"p1{suffix}").read_bytes()[:300])
+    result = api.predict(loose, model=root / "run", out=root / "out", formats=("nifti", "png", "tiff"))
+    assert len(result.entries) == 17
+    assert [entry.id for entry in result.select("refused")] == ["broken"]
+    done = result.select("done")[0].id
+    nifti, png, tiff = (read_labels(root / "out" / f"{done}{end}").array for end in (".nii.gz", ".png", ".tif"))
+    np.testing.assert_array_equal(nifti, png)
+    np.testing.assert_array_equal(nifti, tiff)
+    with pytest.raises(MedsegError, match="over it"):
+        api.predict(data / "images", model=root / "run", out=data / "images")
+
+
+def test_pictures_are_no_input_of_a_model_in_mm(tmp_path: Path, tiny_dataset: Builder) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=4, test=0)
+    api.train(data, out=tmp_path / "run", steps=2, settings=SETTINGS)
+    pictures = picture_dataset(tmp_path / "pictures", ".png") / "images"
+    (entry,) = api.predict(pictures / "p0.png", model=tmp_path / "run", out=tmp_path / "out").entries
+    assert (entry.state, entry.code) == ("refused", "UNIT_DIFFERS")
+    with pytest.raises(MedsegError) as caught:
+        api.predict(pictures, model=tmp_path / "run", out=tmp_path / "out")
+    assert caught.value.code == "EMPTY_INPUT"
+    shutil.copy(min(data.rglob("*.nii.gz")), pictures)
+    result = api.predict(pictures, model=tmp_path / "run", out=tmp_path / "out")
+    assert [entry.state for entry in result.entries] == ["done"]
