@@ -17,11 +17,12 @@ from medseg.channels import read_chosen
 from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
 from medseg.exporters import EXPORTERS
 from medseg.exporters.nifti import write_nifti
-from medseg.exporters.result import DICOM_ONLY, Result
+from medseg.exporters.result import DICOM_ONLY, PICTURES_ONLY, Result
 from medseg.files import file_digest
 from medseg.inference.predict import Model, predict_soft, predict_volume
 from medseg.readers.dicom_regular import FIGURES
 from medseg.readers.dicom_series import read_series
+from medseg.readers.picture import is_picture
 from medseg.spec import Spec
 from medseg.studies import read_channels
 from medseg.volume import Volume
@@ -91,6 +92,8 @@ def _segment(
         raise study.refusal
     if study.series is None and any(EXPORTERS[name].dicom for name in formats):
         raise ExportError(DICOM_ONLY, code="NEEDS_DICOM")
+    if not is_picture(study.images[0]) and any(EXPORTERS[name].picture for name in formats):
+        raise ExportError(PICTURES_ONLY, code="NEEDS_PICTURE")
     image = read_study(study, spec)
     refuse_constant(image, spec)
     tell("predicting")

@@ -25,12 +25,14 @@ class Exporter:
     write : (path, result) -> notes; raises ExportError with a reason code, and then leaves no file.
     dicom : whether it describes a DICOM series, so that other images cannot be written so.
     refers_to : formats that it points into, which are written too.
+    picture : whether it holds pixels without a place, so that images in mm cannot be written so.
     soft : whether it needs probabilities beside the mask.
     """
 
     suffix: str
     write: Callable[[Path, Result], tuple[str, ...]]
     dicom: bool = False
+    picture: bool = False
     refers_to: tuple[str, ...] = ()
     soft: bool = False
 
@@ -96,8 +98,8 @@ EXPORTERS: Registry[Exporter] = Registry(
     "exporters",
     {
         "nifti": Exporter(".nii.gz", _nifti),
-        "png": Exporter(".png", _png),
-        "tiff": Exporter(".tif", _tiff),
+        "png": Exporter(".png", _png, picture=True),
+        "tiff": Exporter(".tif", _tiff, picture=True),
         "seg": Exporter(".seg.dcm", _seg, dicom=True),
         "seg-labelmap": Exporter(".labelmap.dcm", _labelmap, dicom=True),
         "seg-fractional": Exporter(".fractional.dcm", _fractional, dicom=True, soft=True),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from medseg.errors import ExportError
+from medseg.exporters.result import PICTURES_ONLY
 from medseg.files import write_atomically
 from medseg.readers.picture import read_picture_labels
 from medseg.volume import Volume, same_grid
@@ -24,7 +25,7 @@ def write_png(path: Path, mask: Volume) -> None:
     ExportError : NEEDS_PICTURE (the mask of a volume, or of several pages), LABEL_RANGE (a value above 65535), or as
         `write_atomically`, READ_BACK.
     """
-    pages = _pages(path, mask)
+    pages = _pages(mask)
     if len(pages) > 1:
         raise ExportError(
             f"{path.name}: the picture has {len(pages)} pages, a PNG holds one; write tiff", code="NEEDS_PICTURE"
@@ -45,7 +46,7 @@ def write_tiff(path: Path, mask: Volume) -> None:
     ------
     ExportError : NEEDS_PICTURE (the mask of a volume), or as `write_atomically`, READ_BACK.
     """
-    pages = _pages(path, mask)
+    pages = _pages(mask)
     wide = pages.dtype.itemsize > 1
     pictures = [Image.fromarray(page.astype(np.int32 if wide else np.uint8)) for page in pages]
 
@@ -57,13 +58,10 @@ def write_tiff(path: Path, mask: Volume) -> None:
     _write(path, mask, save)
 
 
-def _pages(path: Path, mask: Volume) -> NDArray[Any]:
+def _pages(mask: Volume) -> NDArray[Any]:
     """Return (pages, rows, columns)."""
     if mask.unit != "pixel":
-        raise ExportError(
-            f"{path.name}: the image is no picture: its place and its size in mm would be lost; write nifti",
-            code="NEEDS_PICTURE",
-        )
+        raise ExportError(PICTURES_ONLY, code="NEEDS_PICTURE")
     return np.ascontiguousarray(mask.array[0].transpose(2, 1, 0))
 
 

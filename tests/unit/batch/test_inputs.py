@@ -356,3 +356,33 @@ def test_time_points_of_one_file_are_studies_of_their_own(tmp_path: Path, write_
     assert len({study.digest() for study in found}) == 1  # of the file's bytes
     shutil.move(tmp_path / "in", tmp_path / "moved")
     assert ids(find_inputs([tmp_path / "moved"], ONE)) == ids(found)
+
+
+PIXELS = Spec(name="pixels", unit="pixel", channels={"em": Channel()}, labels={"cell": Label(value=255)})
+
+
+def test_pictures_are_inputs_of_a_model_in_pixels(tmp_path: Path) -> None:
+    names = ["a.png", "b.TIF", "c.jpeg", "deep/d.tiff", "e.nii.gz"]
+    touch(*(tmp_path / name for name in names), tmp_path / "notes.txt", tmp_path / ".hidden.png")
+    assert ids(find_inputs([tmp_path], PIXELS)) == ["a", "b", "c", "d", "e"]
+    assert ids(find_inputs([tmp_path], ONE)) == ["e"], "beside volumes a picture is a preview"
+    assert ids(find_inputs([tmp_path / "a.png"], ONE)) == ["a"], "and what is given is never forgotten"
+
+
+def test_pictures_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    touch(tmp_path / "a.png", tmp_path / "a.tif", tmp_path / "deep" / "a.png")
+    found = ids(find_inputs([tmp_path], PIXELS))
+    assert len(set(found)) == 3
+    assert all(re.fullmatch(r"a-[0-9a-f]{8}", name) for name in found)
+
+
+def test_a_mask_never_takes_the_place_of_its_picture(tmp_path: Path) -> None:
+    touch(tmp_path / "a.png")
+    with pytest.raises(BatchError) as caught:
+        find_inputs([tmp_path / "a.png"], PIXELS, out=tmp_path)
+    assert caught.value.code == "OVERWRITES_INPUT"
+
+
+def test_masks_of_pictures_below_the_input_are_no_inputs(tmp_path: Path) -> None:
+    touch(tmp_path / "a.png", tmp_path / "old" / "a.png", tmp_path / "old" / "ledger" / "a.json")
+    assert ids(find_inputs([tmp_path], PIXELS)) == ["a"]
