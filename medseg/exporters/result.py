@@ -14,7 +14,6 @@ from medseg.spec import Spec
 from medseg.volume import Volume
 
 DICOM_ONLY = "this format describes a DICOM series: it needs one as the input; leave the format out for NIfTI images"
-
 PICTURES_ONLY = "this format holds pixels without a place: the image is in mm; write nifti"
 
 
