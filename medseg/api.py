@@ -224,6 +224,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         if send or any(is_address(place) for place in inputs):
             return predict_archives(inputs, send=send, **options)
         options["workers"] = Workers(workers) if isinstance(workers, int) else workers
+        options.pop("progress")
+        options["watch"] = lambda status: display.show(status.share, status.text)
         options["shard"] = parse_shard(shard) if shard else Shard()
         return predict_files([Path(place) for place in inputs], **options)
 

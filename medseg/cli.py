@@ -18,17 +18,21 @@ from medseg.cli_options import (
     Allow,
     Budget,
     CaseChoice,
+    Channels,
+    Cluster,
     Dataset,
     Formats,
     Json,
     MemoryLimit,
     NoTrack,
     Postprocess,
+    Scheduler,
     Seed,
     Send,
     Settings,
     Shard,
     Splits,
+    StatusOf,
     Steps,
     Store,
     Timeout,
@@ -39,7 +43,7 @@ from medseg.cli_options import (
     say,
     workforce,
 )
-from medseg.cli_output import display, print_batch, print_scores
+from medseg.cli_output import display, end_batch, print_scores
 from medseg.errors import ConfigError, MedsegError, Stopped
 from medseg.files import legible
 
@@ -223,21 +227,22 @@ def predict(  # noqa: PLR0913 - one parameter an option
     splits: Splits = None,
     formats: Formats = None,
     send: Send = None,
-    channels: Annotated[
-        Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")
-    ] = None,
+    channels: Channels = None,
     allow: Allow = None,
     postprocess: Postprocess = True,
     workers: Workers = 1,
     timeout: Timeout = "2h",
     memory_limit: MemoryLimit = None,
+    scheduler: Scheduler = "",
+    cluster: Cluster = None,
     shard: Shard = "",
+    status: StatusOf = None,
     track: Store = Path(),
     json: Json = False,
 ) -> None:
     """Segment studies into OUT/<id>.nii.gz, on their own grids; exit 3 if some could not be done.
 
-    Example: medseg predict archive/ --model runs/hippocampus --out masks
+    Example: medseg predict archive/ --model runs/hippocampus --out masks --workers 2
 
     From an archive: medseg predict 'dicomweb://HOST:8042/dicom-web?StudyDate=20260105' --model runs/hippocampus
     --out masks --format seg --send dicomweb://HOST:8042/dicom-web
@@ -256,15 +261,11 @@ def predict(  # noqa: PLR0913 - one parameter an option
         channels=channels,
         allow=allow or (),
         postprocess=postprocess,
-        workers=workforce(workers, timeout, memory_limit),
+        workers=workforce(workers, timeout, memory_limit, scheduler, cluster),
         shard=shard,
         display=display(json),
     )
-    if json:
-        typer.echo(as_json([entry.model_dump(mode="json") for entry in result.entries]))
-    else:
-        print_batch(result)
-    raise typer.Exit(0 if result.complete else 3 if result.select("done") else 1)
+    end_batch(result, json=json)
 
 
 @app.command()

@@ -52,6 +52,28 @@ Allow = Annotated[
         "slices); several by commas."
     ),
 ]
+Channels = Annotated[
+    Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")
+]
+def _show_status(out: Path | None) -> None:
+    if out is not None:
+        from medseg.batch.status import describe, status
+
+        for line in describe(status(out), out):
+            say(line)
+        raise typer.Exit
+
+
+StatusOf = Annotated[
+    Path | None,
+    typer.Option(
+        "--status",
+        metavar="OUT",
+        callback=_show_status,
+        is_eager=True,
+        help="Say how the run into OUT stands, running or not, and do nothing else.",
+    ),
+]
 Postprocess = Annotated[
     bool, typer.Option("--postprocess/--no-postprocess", help="Apply the steps that the model brings along.")
 ]
@@ -62,6 +84,10 @@ Timeout = Annotated[str, typer.Option(help="How long one study may take (without
 MemoryLimit = Annotated[
     str | None,
     typer.Option(help="Memory of one worker with its model: 4GiB, 900MB (default: its share of 90 % of the machine)."),
+]
+Scheduler = Annotated[str, typer.Option(help="HOST:PORT of a running Dask scheduler whose workers do the studies.")]
+Cluster = Annotated[
+    Path | None, typer.Option(help="YAML of a queue (slurm, pbs, sge, lsf, htcondor) whose jobs do the studies.")
 ]
 Shard = Annotated[
     str, typer.Option(help="i/n: do only the i-th of n parts; other commands do the others into the same --out.")
@@ -80,11 +106,22 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True, default=str)
 
 
-def workforce(count: int, timeout: str, memory: str | None) -> Any:
+def workforce(count: int, timeout: str, memory: str | None, scheduler: str, cluster: Path | None) -> Any:
     """Return who does the studies; with --debug this process, so that an error shows where it comes from."""
+    from medseg.batch.cluster import ClusterConfig
     from medseg.batch.engines import Workers
+    from medseg.config import load
     from medseg.duration import seconds
+    from medseg.errors import ConfigError
     from medseg.sizes import size
 
-    given = Workers(count, timeout=seconds(timeout), memory=None if memory is None else size(memory))
+    if scheduler and cluster is not None:
+        raise ConfigError("--scheduler and --cluster exclude each other: give one of them")
+    given = Workers(
+        count,
+        timeout=seconds(timeout),
+        memory=None if memory is None else size(memory),
+        scheduler=scheduler,
+        cluster=None if cluster is None else load(ClusterConfig, cluster),
+    )
     return None if os.environ.get("MEDSEG_DEBUG") else given

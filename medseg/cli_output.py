@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
-from medseg.cli_options import console, errors, say
+import typer
+
+from medseg.cli_options import as_json, console, errors, say
 from medseg.files import legible
 
 
@@ -15,7 +17,16 @@ def display(json: bool = False) -> Any:
     return Display(errors if json else console)
 
 
-def print_batch(result: Any) -> None:
+def end_batch(result: Any, *, json: bool = False) -> NoReturn:
+    """Say how a batch ended, and exit: 0 all done, 3 some, 1 none."""
+    if json:
+        typer.echo(as_json([entry.model_dump(mode="json") for entry in result.entries]))
+    else:
+        _print_batch(result)
+    raise typer.Exit(0 if result.complete else 3 if result.select("done") else 1)
+
+
+def _print_batch(result: Any) -> None:
     """Say of each study that is not done where it lies and why, and how many are done."""
     for entry in result.entries:
         where = result.origins.get(entry.id, "")

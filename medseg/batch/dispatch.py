@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from medseg.batch.attempt import Outcome, commit, settled
 from medseg.batch.engines import Engine
@@ -23,7 +23,6 @@ DEATHS = 2
 """Deaths of a worker that was alone with a study that make it poison."""
 BUSY_SECONDS = 0.5
 """Before a study on which another process works is asked for again."""
-LOST = (CancelledError,)
 
 CAUSES = {
     "timeout": ("TIMEOUT", "it took longer than a study may take (--timeout), and its worker was ended"),
@@ -74,7 +73,7 @@ class Dispatch:
                 continue
             for future in wait(flight, return_when=FIRST_COMPLETED).done:
                 study = flight.pop(future)
-                outcome = _result(future)
+                outcome = future.result()
                 if outcome.busy:
                     later.append(study)
                 elif outcome.death == "died":
@@ -84,7 +83,7 @@ class Dispatch:
 
     def _alone(self, study: StudyInput) -> None:
         while True:
-            outcome = _result(self._engine.submit(self._settings, study, alone=True))
+            outcome = self._engine.submit(self._settings, study, alone=True).result()
             if outcome.busy:
                 time.sleep(BUSY_SECONDS)
             elif outcome.death == "died" and self._ledger.death(study.id, outcome.input_digest) < DEATHS:
@@ -116,10 +115,3 @@ class Dispatch:
         )
         commit(self._ledger, entry, {}, forgive=False)
         return entry
-
-
-def _result(future: Future[Outcome]) -> Outcome:
-    try:
-        return future.result()
-    except LOST:  # what the engine lost is done again
-        return Outcome(death="died")

@@ -15,17 +15,18 @@ from medseg.batch.engines import Engine, Workers, started
 from medseg.batch.here import Here
 from medseg.batch.inputs import Choice, opened_inputs
 from medseg.batch.job import Settings, recipe
-from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.ledger import Entry
 from medseg.batch.locks import alone, present
 from medseg.batch.names import LINKAGE, read_linkage
 from medseg.batch.shards import Shard
+from medseg.batch.status import RUNS, Status, Tally, announce
 from medseg.batch.study_input import StudyInput
+from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
 from medseg.exporters import choose_formats
 from medseg.files import legible, sweep, write_json, write_text
 from medseg.inference.predict import Model, load_model, usable
 from medseg.readers.allowances import Allowance
-from medseg.spec import Spec
 
 PROVENANCE = "predictions.json"
 
@@ -67,7 +68,9 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     allow: Collection[Allowance] = (),
     workers: Workers | None = None,
     shard: Shard | None = None,
+    tables: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    watch: Callable[[Status], None] = lambda status: None,
 ) -> BatchResult:
     """Segment every study below `inputs` into ``OUT/<id>.nii.gz`` (pictures and other `formats`: other endings).
 
@@ -86,6 +89,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         earlier run wrote for a study into OUT are kept up to date.
     workers : processes that do the studies, so that one that crashes, hangs or takes too much memory costs itself
         only. None: this process does them; what killed it is then done last by the next run, in a process of its own.
+    tables : write summary.csv and journal/summary.html, which list all studies of OUT, at the end.
+    progress, watch : are called after each study: how many are over, and how the run stands.
     shard : which part of the studies; other runs do the others into the same OUT.
 
     Raises
@@ -106,8 +111,10 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             with alone(out, "tables"):
                 _write_linkage(out, studies)
             studies = [study for study in studies if shard is None or shard.holds(study.id)]
-            found = _do(studies, settings, engine, progress)
-            write_summary(out, spec)
+            announce(out, [study.id for study in studies])
+            found = _do(studies, settings, engine, progress, watch)
+            if tables:
+                write_summary(out, spec)
             return BatchResult(out, found, {study.id: study.origin for study in studies})
 
 
@@ -130,42 +137,30 @@ def _held(out: Path) -> Iterator[None]:
     def clean() -> None:
         for folder in (out, out / "ledger", out / "journal", out / "private"):
             sweep(folder, deep=False)
+        for file in (out / RUNS).glob("*.json"):
+            file.unlink(missing_ok=True)
 
     with present(out, sweep=clean):
         yield
 
 
 def _do(
-    studies: Sequence[StudyInput], settings: Settings, engine: Engine, progress: Callable[[int, int], None]
+    studies: Sequence[StudyInput],
+    settings: Settings,
+    engine: Engine,
+    progress: Callable[[int, int], None],
+    watch: Callable[[Status], None],
 ) -> tuple[Entry, ...]:
     """Do what is not done yet; return the entries in the order of the studies."""
-    count = iter(range(1, len(studies) + 1))
+    count, tally = iter(range(1, len(studies) + 1)), Tally(len(studies))
 
     def told(outcome: Outcome) -> None:
         progress(next(count), len(studies))
+        if outcome.entry is not None:
+            watch(tally.add(outcome.entry.state, fresh=outcome.fresh))
 
     entries = Dispatch(engine, settings, told).run(studies)
     return tuple(entries[study.id] for study in studies)
-
-
-def write_summary(out: Path, spec: Spec) -> None:
-    """Write OUT/summary.csv over all studies that OUT knows; of two runs that end at once the later one sees all."""
-    with alone(out, "tables"):
-        ledger = Ledger(out)
-        entries = [entry for entry in map(ledger.read, ledger.studies()) if entry is not None]
-        write_text(out / "summary.csv", summary_csv(spec, entries))
-
-
-def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
-    """Return a table of studies: id, state, code, message, notes and the volume of each label."""
-    unit = "ml" if spec.unit == "mm" else "pixels"
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "state", "code", "message", "notes", *(f"{name}_{unit}" for name in spec.foreground)])
-    for entry in entries:
-        row = [entry.volumes_ml.get(name, "") for name in spec.foreground]
-        writer.writerow([entry.id, entry.state, entry.code, entry.message, " ".join(entry.notes), *row])
-    return text.getvalue()
 
 
 def _write_linkage(out: Path, studies: Sequence[StudyInput]) -> None:

@@ -160,6 +160,7 @@ class Station:
                 mirror=self.settings.mirror,
                 formats=self.settings.formats,
                 allow=self.settings.allow,
+                tables=False,
             )
         except MedsegError as error:
             self._say(found.study, f"failed {error.code}")

@@ -14,8 +14,9 @@ from medseg.batch.dicom_inputs import wanted_modalities
 from medseg.batch.inputs import Choice
 from medseg.batch.job import recipe
 from medseg.batch.ledger import Entry, Ledger
-from medseg.batch.run import BatchResult, write_summary
+from medseg.batch.run import BatchResult
 from medseg.batch.run import predict as predict_files
+from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
 from medseg.errors import BatchError, ConfigError, ExportError, MedsegError
 from medseg.exporters import EXPORTERS, choose_formats
@@ -176,6 +177,7 @@ def _fetch_and_segment(web: Web, study: RemoteStudy, options: Options, scratch: 
             mirror=options.mirror,
             formats=options.formats,
             allow=options.allow,
+            tables=False,
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

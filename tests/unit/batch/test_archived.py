@@ -132,7 +132,7 @@ def test_the_folder_of_unpacked_files_is_gone_even_if_the_run_fails(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     series(tmp_path / "Doe")
-    monkeypatch.setattr("medseg.batch.run.summary_csv", lambda *_: (_ for _ in ()).throw(RuntimeError))
+    monkeypatch.setattr("medseg.batch.summary.summary_csv", lambda *_: (_ for _ in ()).throw(RuntimeError))
     with pytest.raises(RuntimeError):
         predict([zipped(tmp_path / "x.zip", tmp_path / "Doe")], model=model, out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "private").iterdir()] == ["linkage.csv"]

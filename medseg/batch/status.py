@@ -1,0 +1,123 @@
+"""How a run stands: from the ledger alone, so of running, killed and finished ones alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medseg.batch.ledger import IN_FLIGHT, Ledger, now
+from medseg.batch.locks import in_use
+from medseg.display import clock
+from medseg.errors import ConfigError
+from medseg.files import write_json
+
+RUNS = Path("journal") / "runs"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How the studies of a folder stand.
+
+    Attributes
+    ----------
+    total : studies that the runs of now found, or, when none runs, that are known.
+    done, refused, failed : of these.
+    under_way : id -> what is being done with it.
+    per_hour : studies that ended in the runs of now, an hour; None before the first.
+    running : whether a run holds the folder.
+    """
+
+    total: int
+    done: int
+    refused: int
+    failed: int
+    under_way: dict[str, str]
+    per_hour: float | None
+    running: bool
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1, how much is over."""
+        return (self.done + self.refused + self.failed) / max(1, self.total)
+
+    @property
+    def text(self) -> str:
+        """One line for a person."""
+        parts = [f"{self.done} done", f"{self.refused} refused", f"{self.failed} failed", f"of {self.total}"]
+        if self.per_hour:
+            left = self.total - self.done - self.refused - self.failed
+            parts.append(f"{self.per_hour:.0f} an hour")
+            if left > 0:
+                parts.append(f"{clock(left / self.per_hour * 3600)} left")
+        return ", ".join(parts[:3]) + " " + ", ".join(parts[3:])
+
+
+class Tally:
+    """Counts outcomes while a run goes on."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._counts, self._fresh, self._began = total, Counter[str](), 0, time.monotonic()
+
+    def add(self, state: str, *, fresh: bool) -> Status:
+        """Count a study; one that was settled before tells nothing about the speed."""
+        self._counts[state] += 1
+        self._fresh += fresh
+        hours = max(time.monotonic() - self._began, 1e-3) / 3600
+        done, refused, failed = (self._counts[name] for name in ("done", "refused", "failed"))
+        return Status(self._total, done, refused, failed, {}, self._fresh / hours if self._fresh else None, True)
+
+
+def announce(out: Path, studies: list[str]) -> None:
+    """Write which studies this run is about to do."""
+    write_json(out / RUNS / f"{platform.node()}-{os.getpid()}.json", {"began": now(), "studies": studies})
+
+
+def status(out: Path) -> Status:
+    """Read how OUT stands; nothing is changed.
+
+    Raises
+    ------
+    ConfigError : nothing was ever predicted into OUT.
+    """
+    if not (out / "journal").is_dir():
+        raise ConfigError(f"{out}: no run wrote into this folder; give the --out of medseg predict")
+    ledger, running = Ledger(out), in_use(out)
+    runs = [run for run in map(_read, sorted((out / RUNS).glob("*.json"))) if run] if running else []
+    wanted = sorted({study for run in runs for study in run["studies"]}) or ledger.studies()
+    began = min((run["began"] for run in runs), default="")
+    counts: Counter[str] = Counter()
+    under_way, ended = {}, 0
+    for study in wanted:
+        facts = ledger.facts(study)
+        if running and facts.get("state") in IN_FLIGHT:
+            under_way[study] = str(facts["state"])
+            continue
+        entry = ledger.read(study)
+        counts[entry.state if entry else ""] += 1
+        ended += bool(began) and str(facts.get("ended", "")) >= began
+    hours = (datetime.now(UTC) - datetime.fromisoformat(began)).total_seconds() / 3600 if began else 0.0
+    speed = ended / hours if ended and hours > 0 else None
+    return Status(len(wanted), counts["done"], counts["refused"], counts["failed"], under_way, speed, running)
+
+
+def describe(found: Status, out: Path) -> list[str]:
+    """Return what `medseg predict --status` prints."""
+    lines = [found.text, *(f"  {state}: {study}" for study, state in sorted(found.under_way.items()))]
+    codes = Counter((e.state, e.code) for e in map(Ledger(out).read, Ledger(out).studies()) if e and e.state != "done")
+    lines += [f"  {number} {state}: {code}" for (state, code), number in codes.most_common()]
+    return [*lines, "a run is at work" if found.running else "no run is at work"]
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        return {"began": str(run["began"]), "studies": list(run["studies"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,255 @@
+"""Workers and commands are killed at random moments: in the end the same tree of files, each fault with its reason.
+
+The full campaign (500 studies, 20 kills) runs in `make soak`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from medseg import api
+from medseg.batch.engines import Workers
+from medseg.phantom.dicom import write_series
+from medseg.volume import Volume
+
+Builder = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Builder, tiny_plan: Builder) -> Path:
+    """A folder with run/, a model that was hardly trained."""
+    root = tmp_path_factory.mktemp("campaign")
+    data = tiny_dataset(root / "data", cases=4, test=0)
+    api.train(data, out=root / "run", steps=2, plan=tiny_plan(data, root / "plan.yaml", steps=2))
+    return root
+
+
+def environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "MEDSEG_KEY_FILE": str(place / "campaign.key"), "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def plant(place: Path, count: int) -> Path:
+    """Write `count` studies, a third of them DICOM, one of twenty damaged in one of four ways."""
+    tree, rng = place / f"tree{count}", np.random.default_rng(5)
+    if tree.exists():
+        return tree
+    affine = np.array([[-1.5, 0, 0, 30], [0, -1.5, 0, 20], [0, 0, 2.0, -5], [0, 0, 0, 1]])
+    for number in range(count):
+        damaged = number % 20 == 7
+        if number % 3 == 0:
+            values = rng.integers(50, 200, (1, 16, 18, 8)).astype(np.float32)
+            folder = tree / f"p{number}"
+            files = write_series(Volume(values, affine), folder, modality="MR", seed=number, patient_id=f"P{number}")
+            if damaged:
+                files[3].write_bytes(files[3].read_bytes()[:-90])
+            continue
+        file = tree / f"n{number}.nii.gz"
+        file.parent.mkdir(exist_ok=True)
+        shutil.copyfile(place / "data" / "images" / f"c{number % 4}.nii.gz", file)
+        if damaged:
+            file.write_bytes([b"", file.read_bytes()[:-50], b"\x1f\x8b broken"][number // 20 % 3])
+    return tree
+
+
+def tree(out: Path) -> dict[str, bytes]:
+    """All that is not said to differ from run to run."""
+    files = [p for p in out.rglob("*") if p.is_file() and "journal" not in p.relative_to(out).parts]
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in files}
+
+
+def attempts(out: Path) -> dict[str, int]:
+    return {p.stem: json.loads(p.read_text())["attempts"] for p in (out / "journal").glob("*.json")}
+
+
+def command(place: Path, inputs: Path, out: Path, *options: str) -> list[str]:
+    model = str(place / "run")
+    return [sys.executable, "-m", "medseg", "predict", str(inputs), "--model", model, "--out", str(out), *options]
+
+
+@contextmanager
+def running(place: Path, words: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(words, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill_a_worker(process: subprocess.Popen[bytes], chance: random.Random) -> bool:
+    try:
+        workers = psutil.Process(process.pid).children(recursive=True)
+        chance.choice([w for w in workers if "medseg.batch.child" in " ".join(w.cmdline())]).send_signal(signal.SIGKILL)
+    except (psutil.Error, IndexError):
+        return False
+    return True
+
+
+def progress(out: Path) -> int:
+    return len(list((out / "ledger").glob("*.json")))
+
+
+def campaign(place: Path, inputs: Path, out: Path, *, kills: int, commands: int, seed: int, total: int) -> int:
+    """Kill workers as the run goes on, and the command at the end of each of `commands` parts; return the kills."""
+    chance, killed = random.Random(seed), 0
+    marks = sorted(chance.sample(range(1, total), kills))
+    ends = set(marks[:: max(1, kills // commands)][:commands])
+    while marks:
+        with running(place, command(place, inputs, out, "--workers", "2")) as process:
+            while marks and process.poll() is None:
+                if progress(out) < marks[0]:
+                    time.sleep(0.002)
+                    continue
+                mark = marks.pop(0)
+                killed += kill_a_worker(process, chance)
+                if mark in ends:
+                    time.sleep(chance.uniform(0, 0.3))
+                    break
+            if process.poll() is not None:
+                break
+    return killed
+
+
+def finish(place: Path, inputs: Path, out: Path, undisturbed: Path, damaged: int, total: int) -> None:
+    last = subprocess.run(
+        command(place, inputs, out, "--workers", "2"),
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert last.returncode == 3, last.stderr
+    assert f"{total - damaged} of {total} studies done" in last.stdout
+    found, expected = tree(out), tree(undisturbed)
+    assert sorted(found) == sorted(expected)
+    assert {name for name in found if found[name] != expected[name]} == set()
+    entries = [json.loads(p.read_text()) for p in (out / "ledger").glob("*.json")]
+    assert sum(entry["state"] == "refused" and bool(entry["code"]) for entry in entries) == damaged
+
+
+def undisturbed(place: Path, inputs: Path) -> Path:
+    out = place / f"undisturbed-{inputs.name}"
+    if not (out / "summary.csv").exists():
+        with pytest.MonkeyPatch.context() as patch:  # one key for all runs gives DICOM studies the same names
+            patch.setenv("MEDSEG_KEY_FILE", environment(place)["MEDSEG_KEY_FILE"])
+            api.predict(inputs, model=place / "run", out=out)
+    return out
+
+
+def test_workers_and_commands_killed(place: Path, tmp_path: Path) -> None:
+    total, kills = 20, 3
+    inputs, out = plant(place, total), tmp_path / "out"
+    calm = undisturbed(place, inputs)
+    killed = campaign(place, inputs, out, kills=kills, commands=1, seed=1, total=total)
+    finish(place, inputs, out, calm, 1, total)
+    repeated = sum(attempts(out).values()) - total
+    assert repeated <= killed + 2, "only what was in flight was done again: one study a worker, two a command"
+
+
+@pytest.mark.soak
+def test_five_hundred_studies_and_twenty_kills(place: Path, tmp_path: Path) -> None:
+    total, kills, commands = 500, 20, 6
+    inputs, out = plant(place, total), tmp_path / "out"
+    calm = undisturbed(place, inputs)
+    killed = campaign(place, inputs, out, kills=kills, commands=commands, seed=2, total=total)
+    assert killed > kills // 2
+    finish(place, inputs, out, calm, 25, total)
+    assert sum(attempts(out).values()) - total <= killed + 2 * commands
+
+
+def test_two_shards_and_a_command_share_a_folder(place: Path, tmp_path: Path) -> None:
+    """Two shards at once, then two whole commands at once: no study is done by two."""
+    total = 20
+    inputs, out = plant(place, total), tmp_path / "out"
+    words = [command(place, inputs, out, "--shard", f"{n}/2") for n in (1, 2)]
+    with running(place, words[0]) as one, running(place, words[1]) as two:
+        assert {one.wait(), two.wait()} <= {0, 3}
+    assert tree(out) == tree(undisturbed(place, inputs))
+    assert set(attempts(out).values()) == {1}
+    both = tmp_path / "both"
+    with running(place, command(place, inputs, both)) as one, running(place, command(place, inputs, both)) as two:
+        assert (one.wait(), two.wait()) == (3, 3)
+    assert tree(both) == tree(out)
+    assert set(attempts(both).values()) == {1}
+
+
+@contextmanager
+def dask(place: Path, workers: int) -> Iterator[tuple[str, list[int]]]:
+    """Run a real scheduler and workers on this machine only."""
+    address = place / f"scheduler-{time.monotonic_ns()}.json"
+    local = ["--host", "127.0.0.1", "--no-dashboard"]
+    start = [sys.executable, "-m", "distributed.cli.dask_scheduler", *local, "--port", "0"]
+    with running(place, [*start, "--scheduler-file", str(address)]):
+        while not address.exists() or not address.read_text().strip():
+            time.sleep(0.05)
+        uri = json.loads(address.read_text())["address"]
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", uri, *local, "--nthreads", "1"]
+        processes = [
+            subprocess.Popen(worker, env=environment(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for _ in range(workers)
+        ]
+        try:
+            yield uri, [process.pid for process in processes]
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait(60)
+
+
+def test_a_dask_scheduler_with_two_workers(place: Path, tmp_path: Path) -> None:
+    total = 20
+    inputs, out = plant(place, total), tmp_path / "out"
+    calm = undisturbed(place, inputs)
+    with dask(place, 2) as (uri, workers):
+        words = command(place, inputs, out, "--scheduler", uri)
+        with running(place, words) as process:
+            while progress(out) < 8:
+                assert process.poll() is None
+                time.sleep(0.01)
+            guarded = [each for worker in workers for each in psutil.Process(worker).children(recursive=True)]
+            next(each for each in guarded if "medseg.batch.child" in " ".join(each.cmdline())).kill()
+            while progress(out) < 12:
+                assert process.poll() is None
+                time.sleep(0.01)
+        last = subprocess.run(words, env=environment(place), capture_output=True, text=True, check=False)
+        assert last.returncode == 3, last.stderr
+    assert tree(out) == tree(calm)
+
+
+def test_a_cluster_of_dask_on_this_machine(place: Path, tmp_path: Path) -> None:
+    inputs, out = plant(place, 20), tmp_path / "out"
+    (tmp_path / "cluster.yaml").write_text("kind: local\nworkers: 2\n")
+    words = command(place, inputs, out, "--cluster", str(tmp_path / "cluster.yaml"))
+    last = subprocess.run(words, env=environment(place), capture_output=True, text=True, check=False)
+    assert last.returncode == 3, last.stderr
+    assert tree(out) == tree(undisturbed(place, inputs))
+
+
+def test_no_scheduler_is_an_error_with_a_code(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medseg.batch import engines
+    from medseg.errors import BatchError
+
+    monkeypatch.setattr(engines, "CONNECT_SECONDS", 1.0)
+    with pytest.raises(BatchError, match="no Dask scheduler") as caught:
+        api.predict(
+            place / "data" / "images",
+            model=place / "run",
+            out=tmp_path / "out",
+            workers=Workers(scheduler="tcp://127.0.0.1:9"),
+        )
+    assert caught.value.code == "NO_SCHEDULER"

@@ -1,0 +1,75 @@
+"""How a run stands: read from its folder while it runs, after it was killed, and when it is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.locks import present
+from medseg.batch.status import Tally, announce, describe, status
+from medseg.batch.summary import PAGE, write_summary
+from medseg.errors import ConfigError
+
+
+def put(out: Path, study: str, state: str, code: str = "", **facts: object) -> None:
+    ledger = Ledger(out)
+    ledger.attempt(study)
+    ledger.end(study, facts)
+    content = {"id": study, "state": state, "code": code, "input_digest": "i", "model_digest": "m"}
+    ledger.write(Entry.model_validate({**content, "volumes_ml": {"organ": 2.5} if state == "done" else {}}))
+
+
+def test_a_run_at_work(tmp_path: Path) -> None:
+    with present(tmp_path):
+        announce(tmp_path, list("abcdef"))
+        put(tmp_path, "a", "done")
+        put(tmp_path, "b", "refused", "TRUNCATED")
+        put(tmp_path, "c", "failed", "POISON")
+        put(tmp_path, "old", "done")
+        Ledger(tmp_path).attempt("d")
+        Ledger(tmp_path).journal("d", {"state": "predicting"})
+        found = status(tmp_path)
+        assert (found.total, found.done, found.refused, found.failed) == (6, 1, 1, 1)
+        assert found.under_way == {"d": "predicting"}
+        assert found.share == 0.5
+        assert found.running
+        assert found.per_hour is None or found.per_hour > 0
+        lines = describe(found, tmp_path)
+    assert lines[0].startswith("1 done, 1 refused, 1 failed of 6")
+    assert lines[1:] == ["  predicting: d", "  1 refused: TRUNCATED", "  1 failed: POISON", "a run is at work"]
+
+
+def test_a_run_that_is_over_or_was_killed(tmp_path: Path) -> None:
+    put(tmp_path, "a", "done")
+    Ledger(tmp_path).attempt("b")
+    found = status(tmp_path)
+    assert (found.total, found.done, found.running, found.under_way) == (1, 1, False, {})
+    assert describe(found, tmp_path)[-1] == "no run is at work"
+    with pytest.raises(ConfigError, match="no run wrote"):
+        status(tmp_path / "elsewhere")
+
+
+def test_what_was_settled_before_tells_nothing_about_the_speed() -> None:
+    tally = Tally(4)
+    assert tally.add("done", fresh=False).per_hour is None
+    now = tally.add("refused", fresh=True)
+    assert now.per_hour is not None
+    assert (now.done, now.refused, now.share) == (1, 1, 0.5)
+    assert "left" in now.text
+
+
+def test_tables_over_all_studies(tmp_path: Path, make_spec: object) -> None:
+    put(tmp_path, "a<b>", "done", seconds=12.34, peak_mb=567)
+    put(tmp_path, "b", "refused", "TRUNCATED")
+    spec = make_spec(labels={"organ": 1})  # type: ignore[operator]
+    write_summary(tmp_path, spec)
+    assert (tmp_path / "summary.csv").read_text().splitlines() == [
+        "id,state,code,message,notes,organ_ml",
+        "a<b>,done,,,,2.5",
+        "b,refused,TRUNCATED,,,",
+    ]
+    page = (tmp_path / PAGE).read_text()
+    for word in ("12.3", "567", "TRUNCATED", "a&lt;b&gt;", "2.50"):
+        assert word in page
