@@ -225,6 +225,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             return predict_archives(inputs, send=send, **options)
         options["workers"] = Workers(workers) if isinstance(workers, int) else workers
         options.pop("progress")
+        options["warn"] = display.say
         options["watch"] = lambda status: display.show(status.share, status.text)
         options["shard"] = parse_shard(shard) if shard else Shard()
         return predict_files([Path(place) for place in inputs], **options)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medseg.batch.attempt import Outcome
+from medseg.batch.disk import require_room
 from medseg.batch.dispatch import Dispatch
 from medseg.batch.engines import Engine, Workers, started
 from medseg.batch.here import Here
@@ -69,6 +70,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     workers: Workers | None = None,
     shard: Shard | None = None,
     tables: bool = True,
+    warn: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     watch: Callable[[Status], None] = lambda status: None,
 ) -> BatchResult:
@@ -90,6 +92,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     workers : processes that do the studies, so that one that crashes, hangs or takes too much memory costs itself
         only. None: this process does them; what killed it is then done last by the next run, in a process of its own.
     tables : write summary.csv and journal/summary.html, which list all studies of OUT, at the end.
+    warn : is told before the run if the disk may become full.
     progress, watch : are called after each study: how many are over, and how the run stands.
     shard : which part of the studies; other runs do the others into the same OUT.
 
@@ -111,6 +114,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             with alone(out, "tables"):
                 _write_linkage(out, studies)
             studies = [study for study in studies if shard is None or shard.holds(study.id)]
+            if warning := require_room(studies, names, out):
+                warn(warning)
             announce(out, [study.id for study in studies])
             found = _do(studies, settings, engine, progress, watch)
             if tables:

@@ -49,6 +49,26 @@ def window_size(shape: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
     return tuple(n if 1 < p < n <= LARGEST * p else p for n, p in zip(shape, plan.patch_size, strict=True))
 
 
+def sparing(predict: Predictor) -> Predictor:
+    """Return a predictor that halves its batch of windows, and each half again, while the GPU has no memory for it.
+
+    Raises
+    ------
+    torch.OutOfMemoryError : there is none for a single window.
+    """
+
+    def halved(windows: Tensor) -> Tensor:
+        try:
+            return predict(windows)
+        except torch.OutOfMemoryError:
+            if len(windows) == 1:
+                raise
+        torch.cuda.empty_cache()  # what the failed attempt took, now that nothing refers to it
+        return torch.cat([halved(part) for part in windows.chunk(2)])
+
+    return halved
+
+
 @torch.inference_mode()
 def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Tensor:
     """Return logits (K, I, J, K') of a prepared image (C, I, J, K').
@@ -61,5 +81,5 @@ def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: b
         overlap=[plan.overlap if n > 1 else 0.0 for n in plan.patch_size],
         mode="gaussian",
     )
-    logits = inferer(image[None], window_logits(networks, plan, mirror=mirror))
+    logits = inferer(image[None], sparing(window_logits(networks, plan, mirror=mirror)))
     return torch.as_tensor(logits)[0]

@@ -49,9 +49,8 @@ def states(result: BatchResult) -> dict[str, str]:
 
 
 def stamps(out: Path) -> dict[str, int]:
-    kept = [
-        p for p in out.rglob("*") if p.is_file() and p.name not in ("summary.csv", "predictions.json", "linkage.csv")
-    ]
+    written = ("summary.csv", "summary.html", "predictions.json", "linkage.csv")  # by every run
+    kept = [p for p in out.rglob("*") if p.is_file() and p.name not in written]
     return {p.relative_to(out).as_posix(): p.stat().st_mtime_ns for p in kept}
 
 
