@@ -24,7 +24,7 @@ def studies(tmp_path: Path) -> list[StudyInput]:
     return rows
 
 
-@pytest.mark.parametrize(("free", "told"), [(10**9, ""), (100_000, "may become full: about 246 KiB are needed, 98 KiB")])
+@pytest.mark.parametrize(("free", "told"), [(10**9, ""), (100_000, "about 246 KiB are needed, 98 KiB")])
 def test_a_disk_that_may_become_full_is_told(
     studies: list[StudyInput], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, told: str
 ) -> None:
