@@ -85,9 +85,7 @@ def settled(study: StudyInput, source: str, settings: Settings) -> Entry | None:
     )
 
 
-def _attempt(
-    study: StudyInput, source: str, settings: Settings, model: Model, ledger: Ledger, tell: Tell
-) -> Entry:
+def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, ledger: Ledger, tell: Tell) -> Entry:
     from medseg.batch.study import segment
 
     ledger.attempt(study.id)

@@ -329,6 +329,9 @@ REFUSE: dict[str, Hazard] = {
     "60000 x 60000 declared": _refuse("OVERSIZED", d.each(d.put(Rows=60000, Columns=60000))),
     "two frames of reference": _refuse("MIXED_FRAME_OF_REFERENCE", d.one(d.put(FrameOfReferenceUID="1.2.3"))),
     "two patients in one series": _refuse("MIXED_PATIENT", d.numbered(lambda k: d.put(PatientID=f"p{k % 2}"))),
+    "two echoes, each at half of the places": _refuse(
+        "MIXED_SERIES", d.numbered(lambda k: d.put(EchoNumbers=1 + k % 2))
+    ),
     "two of each place, nothing tells": _refuse("MIXED_SERIES", d.second_time()),
     "one slice without rescale": _refuse("BAD_RESCALE", d.one(d.drop("RescaleSlope", "RescaleIntercept"))),
     "slope zero": _refuse("BAD_RESCALE", d.one(d.put(RescaleSlope=0))),

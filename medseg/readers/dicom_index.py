@@ -31,6 +31,8 @@ OWN_MANUFACTURER = "medseg"
 """Who stands as the maker in what medseg writes."""
 LABELMAP_STORAGE = uid.UID("1.2.840.10008.5.1.4.1.1.66.7")
 """Label Map Segmentation Storage (2024), which pydicom 3.0 does not know by name."""
+ONE_EACH = ("EchoNumbers", "DiffusionBValue", "ComplexImageComponent")
+"""What no volume has two of: without repeated places these are remains of several, each of which lost slices."""
 LABEL_STORAGE = (uid.SegmentationStorage, LABELMAP_STORAGE, uid.RTStructureSetStorage)
 
 
@@ -134,6 +136,21 @@ def check_headers(headers: Sequence[Header]) -> None:
             raise refuse("UNREADABLE", f"{header.damaged} of instance {header.instance} has no valid value")
         if not is_sized(header):
             raise refuse("TRUNCATED", f"instance {header.instance} declares no size: its header ends early")
+    _check_values(headers)
+    first_of: dict[tuple[str, int], Header] = {}
+    for header in headers:
+        other = first_of.setdefault(header.key, header)
+        if (header.position, header.orientation) != (other.position, other.orientation):
+            raise refuse("DUPLICATE_POSITION", f"instance {header.instance} is there twice, at different places")
+    series_grid(list(first_of.values()))
+
+
+def _check_values(headers: Sequence[Header]) -> None:
+    """Refuse slices whose numbers do not mean the same, or do not say what they mean."""
+    for word in ONE_EACH:
+        values = {header.telling.get(word, "") for header in headers}
+        if len(values) > 1:
+            raise refuse("MIXED_SERIES", f"the slices have {len(values)} values of {word}; no volume has two")
     scales = {header.rescale for header in headers}
     if None in scales and len(scales) > 1:
         raise refuse("BAD_RESCALE", "some slices have slope and intercept, some have not")
@@ -141,12 +158,6 @@ def check_headers(headers: Sequence[Header]) -> None:
         raise refuse("BAD_RESCALE", "a slope is zero")
     if len({header.meta.get("Units") for header in headers}) > 1:
         raise refuse("BAD_RESCALE", "the slices are in different Units")
-    first_of: dict[tuple[str, int], Header] = {}
-    for header in headers:
-        other = first_of.setdefault(header.key, header)
-        if (header.position, header.orientation) != (other.position, other.orientation):
-            raise refuse("DUPLICATE_POSITION", f"instance {header.instance} is there twice, at different places")
-    series_grid(list(first_of.values()))
 
 
 def _check_kind(headers: Sequence[Header]) -> None:
