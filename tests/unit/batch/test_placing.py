@@ -65,7 +65,7 @@ def write(folder: Path, kind: str, turn: str = "axial") -> list[Path]:
     affine[:3, :3] = TURNS[turn] @ local
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(SIZE) - 1) / 2)
     array = labels(places(affine, SIZE)) * 100.0
-    files = write_series(Volume(array[None].astype(np.float32), affine), folder, modality="CT", shuffle=True)
+    files = write_series(Volume(array[None].astype(np.float32), affine), folder, modality="MR", shuffle=True)
     for number in (5, 8) if kind != "tilt" else ():
         files[number].unlink()
     return [file for file in files if file.exists()]
