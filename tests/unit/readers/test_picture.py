@@ -17,6 +17,8 @@ from PIL import Image
 from medseg.errors import ReadError
 from medseg.readers import read_image, read_labels
 from medseg.readers.picture import read_picture, read_picture_labels
+from medseg.spec import load_dataset
+from medseg.studies import read_study
 
 RNG = np.random.default_rng(20260405)
 HEIGHT, WIDTH = 13, 9
@@ -346,3 +348,28 @@ def test_a_flipped_bit_is_an_error_or_a_picture_never_a_crash(tmp_path: Path) ->
                 continue
             if file.suffix == ".png":
                 np.testing.assert_array_equal(found.array, whole.array)  # each byte is under a checksum
+
+
+def test_real_membranes(data: Path, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDSEG_DATA", str(data))
+    dataset = load_dataset(repository / "data_specs" / "em_isbi2012.yaml")
+    assert len(dataset.cases) == 24
+    study = read_study(dataset.spec, dataset.cases[3])
+    assert study.mask is not None
+    assert (study.image.shape, study.image.unit, study.image.notes) == ((512, 512, 1), "pixel", ())
+    assert set(np.unique(study.mask.array)) == {0, 255}
+    rows = np.asarray(Image.open(dataset.cases[3].images[0]))
+    np.testing.assert_array_equal(study.image.array, expected(rows))
+    membranes = study.mask.array == 0
+    assert study.image.array[membranes].mean() < study.image.array[~membranes].mean() - 30, "membranes are dark"
+
+
+def test_real_nuclei(data: Path) -> None:
+    for file in sorted((data / "nuclei" / "images").iterdir())[::20]:
+        image, ids = read_image(file), read_labels(data / "nuclei" / "labels" / file.name)
+        assert image.array.shape[0] == 3
+        assert image.notes == ("ALPHA_DROPPED",)
+        np.testing.assert_array_equal(image.array, expected(np.asarray(Image.open(file))[..., :3]))
+        assert ids.array.dtype == np.uint16
+        assert ids.shape == image.shape
+        assert ids.array.max() > 0
