@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from medseg.api import check, evaluate, listen, plan, predict, report, retrain, train
+    from medseg.api import check, evaluate, import_model, listen, plan, predict, report, retrain, train
 
-__all__ = ["check", "evaluate", "listen", "plan", "predict", "report", "retrain", "train"]
+__all__ = ["check", "evaluate", "import_model", "listen", "plan", "predict", "report", "retrain", "train"]
 
 
 def __getattr__(name: str) -> Any:

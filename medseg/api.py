@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from medseg.batch.engines import Workers
     from medseg.batch.run import BatchResult
+    from medseg.bundle import BundleInfo
     from medseg.checking.run import CheckResult
     from medseg.checking.tree import TreeResult
     from medseg.evaluation.table import Evaluation
@@ -229,6 +230,24 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         options["watch"] = lambda status: display.show(status.share, status.text)
         options["shard"] = parse_shard(shard) if shard else Shard()
         return predict_files([Path(place) for place in inputs], **options)
+
+
+def import_model(folder: PathLike, *, out: PathLike, folds: Sequence[str] = (), precision: str = "fp32") -> BundleInfo:
+    """Make a bundle in `out` of a model folder of nnU-Net v2 (TRAINER__PLANS__CONFIGURATION).
+
+    Parameters
+    ----------
+    folds : "0", "1", ... or "all"; unless told, every numbered fold, or `all` where there is no other.
+    precision : arithmetic of the network, "fp32" or "bf16".
+
+    Raises
+    ------
+    ConfigError : `out` holds a bundle already; another precision.
+    BundleError : `folder` is no such model, is damaged, or needs what is not supported.
+    """
+    from medseg.bundle import import_bundle
+
+    return import_bundle(Path(folder), Path(out), folds=folds, precision=precision).info
 
 
 def evaluate(

@@ -2,14 +2,18 @@
 
 model.json               plan, spec, versions, and the SHA-256 of each weights file
 fold_<k>.safetensors     weights of one network (safetensors: no code can hide in it)
+previous/                of a cascade: the bundle of its first stage
+
+A folder of a model that nnU-Net v2 trained is opened like a bundle, and `import_bundle` makes it one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +23,19 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from medseg.config import Config
-from medseg.errors import BundleError
+from medseg.errors import BundleError, ConfigError
 from medseg.files import digest, file_digest, write_atomically, write_text
 from medseg.networks import build_network
+from medseg.nnunet import Foreign, is_nnunet, read_nnunet
 from medseg.planning.plan import Plan
 from medseg.spec import Spec, spec_digest
 from medseg.targets import channel_names
 
 BUNDLE_FORMAT = 1
 MODEL_FILE = "model.json"
+PREVIOUS = "previous"
+UNKNOWN = "unknown"
+"""Digest of the data of a model that somebody else has trained."""
 
 
 class PostStep(Config):
@@ -83,6 +91,7 @@ class BundleInfo(Config):
     tracking_run : id of the MLflow run that made it, if it was tracked.
     postprocess : what is done to its masks, in this order; nothing in bundles of before.
     calibration : of its probabilities; None where they are the network's own.
+    previous : digest of the first stage of a cascade, whose mask the networks are given beside the image.
     """
 
     format: int
@@ -96,6 +105,7 @@ class BundleInfo(Config):
     tracking_run: str | None = None
     postprocess: tuple[PostStep, ...] = ()
     calibration: Calibration | None = None
+    previous: str | None = None
 
     @property
     def temperature(self) -> float:
@@ -104,12 +114,14 @@ class BundleInfo(Config):
 
     @property
     def digest(self) -> str:
-        """SHA-256 that names the model: weights, plan, spec, and what is done to its masks and probabilities if any."""
+        """SHA-256 that names the model: weights, plan, spec; steps, temperature and first stage where it has any."""
         parts: list[Any] = [self.weights, self.plan.digest, spec_digest(self.spec)]
         if self.postprocess:
             parts.append([step.model_dump(mode="json") for step in self.postprocess])
         if self.temperature != 1:
             parts.append({"temperature": self.temperature})
+        if self.previous is not None:
+            parts.append({"previous": self.previous})
         return digest(parts)
 
     def provenance(self, mirror: bool | None) -> dict[str, str | int | float | bool | None]:
@@ -133,10 +145,18 @@ class BundleInfo(Config):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk whose hashes have been verified."""
+    """A bundle on disk whose hashes have been verified.
+
+    Attributes
+    ----------
+    previous : the first stage of a cascade.
+    states : weights by name of file, where the folder holds them in another program's form.
+    """
 
     folder: Path
     info: BundleInfo
+    previous: Bundle | None = None
+    states: Mapping[str, dict[str, Tensor]] | None = field(default=None, repr=False, compare=False)
 
 
 def versions() -> dict[str, str]:
@@ -149,13 +169,40 @@ def save_bundle(folder: Path, info: BundleInfo, weights: dict[str, dict[str, Ten
     """Write a bundle; `weights` maps file names to state dicts, and replaces ``info.weights``."""
     hashes = {}
     for name, state in weights.items():
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-        write_atomically(folder / name, _weights_writer(tensors))
+        write_atomically(folder / name, _weights_writer(_contiguous(state)))
         hashes[name] = file_digest(folder / name)
     info = info.model_copy(update={"weights": hashes})
     # Not by write_json, which sorts keys: the order of labels, regions and channels is that of the network's.
     write_text(folder / MODEL_FILE, json.dumps(info.model_dump(mode="json"), indent=1, allow_nan=False) + "\n")
     return Bundle(folder, info)
+
+
+def import_bundle(source: Path, out: Path, *, folds: Sequence[str] = (), precision: str = "fp32") -> Bundle:
+    """Make a bundle in `out` of a model of nnU-Net v2; in fp32 it has the digest that the model has where it lies.
+
+    Raises
+    ------
+    ConfigError : `out` holds a bundle already, or the precision is not "fp32" or "bf16".
+    BundleError : `source` is no such model, or cannot be read.
+    """
+    if (out / MODEL_FILE).exists():
+        raise ConfigError(f"{out} holds a bundle already; choose another --out")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision {precision}: allowed are fp32 and bf16")
+    if not is_nnunet(source):
+        raise BundleError(
+            f"{source}: no model of nnU-Net v2: plans.json, dataset.json and a folder fold_* are expected"
+        )
+    return _save_opened(out, open_bundle(source, folds=folds), precision)
+
+
+def _save_opened(folder: Path, bundle: Bundle, precision: str) -> Bundle:
+    plan = bundle.info.plan.model_copy(update={"precision": precision})
+    info = bundle.info.model_copy(update={"plan": plan})
+    previous = None if bundle.previous is None else _save_opened(folder / PREVIOUS, bundle.previous, precision)
+    if previous is not None:
+        info = info.model_copy(update={"previous": previous.info.digest})
+    return replace(save_bundle(folder, info, dict(bundle.states or {})), previous=previous)
 
 
 def _weights_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
@@ -176,16 +223,27 @@ def find_bundle(path: Path) -> Path:
     what = "does not exist" if not path.exists() else "holds no model"
     unfinished = " (its training has not finished: run the same medseg train command again)"
     hint = unfinished if (path / "3_plan.yaml").exists() else ""
-    raise BundleError(f"{path}: {what}{hint}; give a run folder of medseg train or its 6_model folder")
+    raise BundleError(
+        f"{path}: {what}{hint}; give a run folder of medseg train or its 6_model folder, or a folder "
+        "TRAINER__PLANS__CONFIGURATION of nnU-Net v2"
+    )
 
 
-def open_bundle(path: Path) -> Bundle:
-    """Read a bundle and compare every hash before any weight is parsed.
+def open_bundle(path: Path, *, folds: Sequence[str] = ()) -> Bundle:
+    """Read a bundle and compare every hash before any weight is parsed; or read a model of nnU-Net v2.
+
+    Parameters
+    ----------
+    folds : of a model of nnU-Net's, see `medseg.nnunet.read_nnunet`.
 
     Raises
     ------
     BundleError : no bundle, unknown format, or a file that is missing or damaged.
     """
+    if is_nnunet(path):
+        return _of_nnunet(path, read_nnunet(path, folds=folds))
+    if folds:
+        raise BundleError(f"{path}: folds are chosen from a model folder of nnU-Net v2, and this is none")
     folder = find_bundle(path)
     try:
         info = BundleInfo.model_validate(json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")))
@@ -202,7 +260,37 @@ def open_bundle(path: Path) -> Bundle:
         if not file.is_file() or file_digest(file) != expected:
             state = "damaged" if file.is_file() else "missing"
             raise BundleError(f"{file}: {state}: its SHA-256 is not the one in {MODEL_FILE}; restore the bundle")
-    return Bundle(folder, info)
+    return Bundle(folder, info, _open_previous(folder, info))
+
+
+def _open_previous(folder: Path, info: BundleInfo) -> Bundle | None:
+    if info.previous is None:
+        return None
+    previous = open_bundle(folder / PREVIOUS)
+    if previous.info.digest != info.previous:
+        raise BundleError(f"{folder / PREVIOUS}: not the first stage that {MODEL_FILE} names; restore the bundle")
+    return previous
+
+
+def _of_nnunet(folder: Path, model: Foreign) -> Bundle:
+    previous = None if model.previous is None else _of_nnunet(folder, model.previous)
+    states = {f"{name}.safetensors": _contiguous(state) for name, state in model.weights.items()}
+    info = BundleInfo(
+        format=BUNDLE_FORMAT,
+        name=model.spec.name,
+        plan=model.plan,
+        spec=model.spec,
+        weights={name: hashlib.sha256(safetensors.torch.save(state)).hexdigest() for name, state in states.items()},
+        dataset_digest=UNKNOWN,
+        training=model.training,
+        versions=versions(),
+        previous=None if previous is None else previous.info.digest,
+    )
+    return Bundle(folder, info, previous, states)
+
+
+def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
 def load_networks(bundle: Bundle) -> list[nn.Module]:
@@ -216,7 +304,8 @@ def load_networks(bundle: Bundle) -> list[nn.Module]:
     for name in sorted(bundle.info.weights):
         network = make_network(bundle.info.spec, bundle.info.plan)
         try:
-            network.load_state_dict(safetensors.torch.load_file(bundle.folder / name))
+            state = bundle.states[name] if bundle.states is not None else None
+            network.load_state_dict(safetensors.torch.load_file(bundle.folder / name) if state is None else state)
         except (RuntimeError, safetensors.SafetensorError) as error:
             what = str(error).splitlines()[0]
             raise BundleError(f"{bundle.folder / name}: does not fit the network of {MODEL_FILE} ({what})") from error
@@ -226,10 +315,11 @@ def load_networks(bundle: Bundle) -> list[nn.Module]:
 
 def make_network(spec: Spec, plan: Plan) -> nn.Module:
     """Return the network of a plan, freshly initialised."""
+    former = spec.foreground if plan.nnunet is not None and plan.nnunet.previous is not None else ()
     return build_network(
         plan.network.name,
         spatial_dims=plan.dimensions,
-        in_channels=len(spec.channels),
+        in_channels=len(spec.channels) + len(former),
         out_channels=len(channel_names(spec)),
         options=plan.network.options,
     )

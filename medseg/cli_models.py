@@ -36,6 +36,24 @@ def list_models(
         say("No model is registered here.")
 
 
+@models.command("import")
+def import_model(
+    folder: Annotated[Path, typer.Argument(help="TRAINER__PLANS__CONFIGURATION of nnU-Net v2.")],
+    out: Annotated[Path, typer.Option(help="Folder for the bundle; it must not hold one yet.")],
+    fold: Annotated[list[str] | None, typer.Option(help="Only this fold: 0, 1, ... or all; repeat for more.")] = None,
+    precision: Annotated[str, typer.Option(help="Arithmetic of the network: fp32 or bf16.")] = "fp32",
+) -> None:
+    """Make a bundle of a model that nnU-Net v2 trained (docs/how-to/nnunet-models.md).
+
+    Example: medseg models import nnUNet_results/Dataset005_Body/nnUNetTrainer__nnUNetPlans__3d_fullres --out body
+    """
+    from medseg import api
+
+    info = api.import_model(folder, out=out, folds=fold or (), precision=precision)
+    say(f"{out}: {info.name}, {len(info.spec.channels)} channel(s), {len(info.spec.foreground)} label(s)")
+    say(f"{len(info.weights)} fold(s), trained by {info.training['trainer']} ({info.training['configuration']})")
+
+
 @models.command()
 def promote(
     name: Annotated[str, typer.Argument(help="Registered model.")],

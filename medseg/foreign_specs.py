@@ -43,7 +43,7 @@ def _name(folder: Path, content: dict[str, Any]) -> str:
     return "".join(c if c.isalnum() or c in "_.-" else "_" for c in words).lstrip("_.-") or "dataset"
 
 
-def _channels(names: dict[str, str]) -> dict[str, Channel]:
+def nnunet_channels(names: dict[str, str]) -> dict[str, Channel]:
     """Return channels in the order of their numbers; nnU-Net's and MSD's name "CT" means Hounsfield units."""
     ordered = sorted(names.items(), key=lambda item: int(item[0]))
     counts = list(names.values())
@@ -62,7 +62,7 @@ def _msd(folder: Path, content: dict[str, Any]) -> Dataset:
         name=_name(folder, content),
         description=str(content.get("description", "")),
         licence=str(content.get("licence", "")),
-        channels=_channels(content["modality"]),
+        channels=nnunet_channels(content["modality"]),
         labels=labels,
     )
     cases: list[Case] = []
@@ -76,14 +76,14 @@ def _nnunet(folder: Path, content: dict[str, Any]) -> Dataset:
     ending = str(content.get("file_ending", ".nii.gz"))
     if ending not in (".nii.gz", ".nii"):
         raise SpecError(f"{folder.name}: file_ending {ending!r} is not read; allowed: .nii.gz, .nii")
-    labels, regions, ignore = _nnunet_labels(content)
+    labels, regions, ignore = nnunet_labels(content)
 
     def spec_for(images: str, masks: str) -> Spec:
         return Spec(
             name=_name(folder, content),
             description=str(content.get("description", "")),
             licence=str(content.get("licence", "")),
-            channels=_channels(content["channel_names"]),
+            channels=nnunet_channels(content["channel_names"]),
             labels=labels,
             regions=regions,
             ignore=ignore,
@@ -99,7 +99,7 @@ def _nnunet(folder: Path, content: dict[str, Any]) -> Dataset:
     return Dataset(spec, tuple(cases))
 
 
-def _nnunet_labels(content: dict[str, Any]) -> tuple[dict[str, Label], dict[str, Region], int | None]:
+def nnunet_labels(content: dict[str, Any]) -> tuple[dict[str, Label], dict[str, Region], int | None]:
     """Split nnU-Net's one table into labels, regions (their order of painting given by regions_class_order)."""
     table = dict(content["labels"])
     ignore = table.pop("ignore", None)

@@ -23,18 +23,20 @@ from medseg.volume import Volume
 
 @dataclass(frozen=True)
 class Model:
-    """A verified bundle with its networks on a device."""
+    """A verified bundle with its networks on a device; `previous` is the first stage of a cascade."""
 
     bundle: Bundle
     networks: Sequence[nn.Module]
     device: torch.device
+    previous: Model | None = None
 
 
 def load_model(model: Path | Bundle, *, device: torch.device | None = None, info: BundleInfo | None = None) -> Model:
-    """Open a run folder or a bundle (unless it is open) and put its networks on the device (the GPU if there is one).
+    """Open a run folder, a model of nnU-Net v2 or a bundle (unless it is open); put its networks on the device.
 
     Parameters
     ----------
+    device : the GPU if there is one, unless told.
     info : what the bundle is used as, where that is not what it says itself (see `ruled`).
 
     Raises
@@ -48,8 +50,13 @@ def load_model(model: Path | Bundle, *, device: torch.device | None = None, info
         if info.weights != bundle.info.weights:
             raise BundleError(f"{bundle.folder}: the model was replaced while it was in use; run the command again")
         bundle = replace(bundle, info=info)
+    return _loaded(bundle, device)
+
+
+def _loaded(bundle: Bundle, device: torch.device) -> Model:
     bundle = usable(bundle)
-    return Model(bundle, [network.to(device) for network in load_networks(bundle)], device)
+    previous = None if bundle.previous is None else _loaded(bundle.previous, device)
+    return Model(bundle, [network.to(device) for network in load_networks(bundle)], device, previous)
 
 
 def usable(model: Path | Bundle) -> Bundle:
@@ -129,9 +136,16 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -
             f"{', '.join(spec.channels)}",
             code="CHANNEL_COUNT",
         )
-    data = prediction_path(plan)({"image": as_meta_tensor(image).float()})
     mirror = plan.test_mirroring if mirror is None else mirror
-    prepared = data["image"].as_tensor().to(model.device)
+    data = {"image": as_meta_tensor(image).float()}
+    if model.previous is not None:
+        data["previous"] = as_meta_tensor(predict_volume(model.previous, image, mirror=mirror))
+    data = prediction_path(plan)(data)
+    prepared = data["image"].as_tensor()
+    if model.previous is not None:
+        labels = torch.tensor(list(spec.foreground.values())).reshape(-1, 1, 1, 1)
+        prepared = torch.cat([prepared, (data["previous"].as_tensor() == labels).float()])
+    prepared = prepared.to(model.device)
     logits = slide(prepared, model.networks, plan, mirror=mirror).cpu()
     if not torch.isfinite(logits).all():
         raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")

@@ -10,6 +10,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from medseg.device import autocast
+from medseg.inference.windows import slide_evenly
 from medseg.planning.plan import Plan
 
 LARGEST = 1.5
@@ -73,13 +74,17 @@ def sparing(predict: Predictor) -> Predictor:
 def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Tensor:
     """Return logits (K, I, J, K') of a prepared image (C, I, J, K').
 
+    For models of nnU-Net's the windows lie and weigh as there (medseg.inference.windows).
     Peak memory is about (K + 1) * 4 bytes a voxel for logits and weights, and one batch of windows.
     """
+    predict = sparing(window_logits(networks, plan, mirror=mirror))
+    if plan.nnunet is not None:
+        return slide_evenly(image, predict, plan.patch_size, overlap=plan.overlap)
     inferer = SlidingWindowInferer(
         roi_size=window_size(tuple(image.shape[1:]), plan),
         sw_batch_size=8 if plan.dimensions == 2 else 1,
         overlap=[plan.overlap if n > 1 else 0.0 for n in plan.patch_size],
         mode="gaussian",
     )
-    logits = inferer(image[None], sparing(window_logits(networks, plan, mirror=mirror)))
+    logits = inferer(image[None], predict)
     return torch.as_tensor(logits)[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from medseg import config
 from medseg.config import Config
@@ -26,13 +26,15 @@ WIDTH = 110
 
 
 class Normalise(Config):
-    """How one channel's intensities are brought to mean 0 and standard deviation 1.
+    """How one channel's intensities are brought to mean 0 and standard deviation 1, or into another range.
 
-    scheme "zscore": by the image's own mean and deviation; "ct": clipped to [low, high] HU, then by `mean` and
-    `deviation` of the dataset's foreground; "none": left as they are.
+    scheme "zscore": by the image's own mean and deviation; "zscore_content": by those of its content (what is not 0 in
+    every channel, holes filled), and nothing else is changed; "ct": clipped to [low, high] HU, then by `mean` and
+    `deviation` of the dataset's foreground; "range": from 0 at the image's smallest value to 1 at its largest; "bytes":
+    divided by 255; "none": left as they are.
     """
 
-    scheme: Literal["zscore", "ct", "none"]
+    scheme: Literal["zscore", "zscore_content", "ct", "range", "bytes", "none"]
     low: float = 0.0
     high: float = 0.0
     mean: float = 0.0
@@ -77,15 +79,49 @@ class Measured(Config):
     step_seconds: dict[str, float]
 
 
+class Interpolation(Config):
+    """How nnU-Net resamples: splines of one order, along a coarse axis of another.
+
+    Attributes
+    ----------
+    order : of the splines.
+    order_z : along the coarse axis, where it is resampled apart from the other two.
+    separate : whether it is; None: where one spacing is over three times another.
+    """
+
+    order: int = Field(ge=0, le=5)
+    order_z: int = Field(ge=0, le=5)
+    separate: bool | None = None
+
+
+class NnUNet(Config):
+    """What is done as nnU-Net v2 does it and not as medseg does, in the plan of a model of nnU-Net's.
+
+    Images are normalised before they are resampled, windows lie and weigh as there. Of a 2-D plan, the third number
+    of `spacing` is for people: slices keep their distance.
+
+    Attributes
+    ----------
+    image, logits : how an image is resampled, and logits on the way back.
+    previous : of the second stage of a cascade: how the mask of the first stage is resampled, whose labels are further
+        channels of the network.
+    """
+
+    image: Interpolation
+    logits: Interpolation
+    previous: Interpolation | None = None
+
+
 class Plan(Config):
     """Everything from voxels to weights; see docs/reference/plan.md.
 
-    Axes are those of the prepared image: K is the slice axis of a 2-D plan.
+    Axes are those of the prepared image: K is the slice axis of a 2-D plan. An `orientation` of I, J and K names the
+    axes as the image is stored, wherever they point (nnU-Net's way).
     """
 
     dataset: str
     dimensions: Literal[2, 3]
-    orientation: str = Field(pattern="^[RLAPSI]{3}$")
+    orientation: str = Field(pattern="^([RLAPSI]{3}|[IJK]{3})$")
     spacing: Spacing
     normalisation: dict[str, Normalise]
     patch_size: Triple
@@ -108,6 +144,7 @@ class Plan(Config):
     budget_seconds: float | None = None
     measured: Measured | None = None
     fingerprint: Fingerprint
+    nnunet: NnUNet | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -116,8 +153,11 @@ class Plan(Config):
             problems.append(f"patch_size {self.patch_size}: sizes are positive, and the third is 1 in a 2-D plan")
         if min(self.spacing) <= 0:
             problems.append(f"spacing {self.spacing}: three positive numbers are needed")
-        if {"RL", "AP", "SI"} != {next(p for p in ("RL", "AP", "SI") if c in p) for c in self.orientation}:
-            problems.append(f"orientation {self.orientation}: one letter of each pair R/L, A/P, S/I is needed")
+        pairs = ("RL", "AP", "SI")
+        if not self.stored_axes and {p for p in pairs for c in self.orientation if c in p} != set(pairs):
+            problems.append(
+                f"orientation {self.orientation}: one letter of each pair R/L, A/P, S/I is needed, or I, J and K"
+            )
         if any(axis not in range(self.dimensions) for axis in self.augmentation.mirror_axes):
             problems.append(
                 f"augmentation.mirror_axes {self.augmentation.mirror_axes}: axes are below {self.dimensions}"
@@ -125,6 +165,16 @@ class Plan(Config):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_section(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a section that says nothing: plans from before there was one keep their digest."""
+        return {key: value for key, value in values(self).items() if key != "nnunet" or value is not None}
+
+    @property
+    def stored_axes(self) -> bool:
+        """Whether `orientation` goes by how an image is stored, not by where its axes point."""
+        return sorted(self.orientation) == ["I", "J", "K"]
 
     @property
     def digest(self) -> str:

@@ -11,17 +11,17 @@ from medseg.planning.plan import Plan, Triple
 from medseg.preparation.cache import CaseCache
 from medseg.preparation.preprocess import CropToContent, LoadStudy, NormaliseIntensity, Orient, Resample
 from medseg.preparation.sampling import REACH, SamplePatch
+from medseg.preparation.splines import ResampleSplines
 from medseg.spec import Spec
 
 
 def geometry_and_intensity(plan: Plan) -> list[Transform]:
     """Return the steps that training and prediction share."""
-    return [
-        Orient(plan.orientation),
-        CropToContent(),
-        Resample(plan.spacing),
-        NormaliseIntensity(tuple(plan.normalisation.values())),
-    ]
+    normalise = NormaliseIntensity(tuple(plan.normalisation.values()))
+    if plan.nnunet is not None:
+        target = (*plan.spacing[:2], None if plan.dimensions == 2 else plan.spacing[2])
+        return [Orient(plan.orientation), CropToContent(), normalise, ResampleSplines(target, plan.nnunet)]
+    return [Orient(plan.orientation), CropToContent(), Resample(plan.spacing), normalise]
 
 
 def prediction_path(plan: Plan) -> Compose:

@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.transforms import Transform
+from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 
+from medseg.errors import BundleError
 from medseg.planning.plan import Normalise, Spacing
 from medseg.spec import Case, Spec
 from medseg.studies import read_study
-from medseg.volume import Volume, orientation_to
+from medseg.volume import Flips, Volume, orientation_to
 
 Data = dict[str, Any]
 Shape = tuple[int, int, int]
@@ -46,9 +49,13 @@ class Cropped:
 
 @dataclass(frozen=True)
 class Resampled:
-    """An image of size `shape` was brought to another size over the same extent."""
+    """An image of size `shape` was brought to another size over the same extent.
+
+    The way back is trilinear; along `nearest` (an axis) it takes the nearest slice.
+    """
 
     shape: Shape
+    nearest: int | None = None
 
 
 Step = Oriented | Cropped | Resampled
@@ -76,7 +83,10 @@ class LoadStudy(Transform):
 
 
 class Orient(Transform):
-    """Swap and flip axes so that they point to `axis_codes`; no value is changed."""
+    """Swap and flip axes so that they point to `axis_codes`; no value is changed.
+
+    Codes of I, J and K name the axes as they are stored: they are swapped, never flipped.
+    """
 
     def __init__(self, axis_codes: str) -> None:
         self.axis_codes = axis_codes
@@ -84,10 +94,16 @@ class Orient(Transform):
     def __call__(self, data: Mapping[str, Any]) -> Data:
         """Turn image and mask."""
         image = data["image"]
-        flips = orientation_to(np.asarray(image.affine), self.axis_codes)
+        flips = self._stored() if sorted(self.axis_codes) == ["I", "J", "K"] else self._pointing(image)
         step = Oriented(tuple((float(a), float(b)) for a, b in flips))
         move = orientations.inv_ornt_aff(flips, tuple(image.shape[1:]))
         return _apply(data, step, lambda x, _: _flip(x, flips), torch.from_numpy(move))
+
+    def _stored(self) -> Flips:
+        return np.array([[self.axis_codes.index(axis), 1] for axis in "IJK"], dtype=np.float64)
+
+    def _pointing(self, image: MetaTensor) -> Flips:
+        return orientation_to(np.asarray(image.affine), self.axis_codes)
 
 
 class CropToContent(Transform):
@@ -135,33 +151,55 @@ class Resample(Transform):
 
 
 class NormaliseIntensity(Transform):
-    """Bring each channel to mean 0 and deviation 1 by its row of the plan."""
+    """Bring each channel to mean 0 and deviation 1 (or another range) by its row of the plan.
+
+    Raises BundleError where the plan says "bytes" and a value is not one of 0 to 255.
+    """
 
     def __init__(self, rows: tuple[Normalise, ...]) -> None:
         self.rows = rows
 
     def __call__(self, data: Mapping[str, Any]) -> Data:
         """Normalise the image; the mask is left alone."""
-        image = data["image"]
-        channels = [_normalised(c.as_tensor(), row) for c, row in zip(image, self.rows, strict=True)]
-        return {**data, "image": MetaTensor(torch.stack(channels), affine=image.affine)}
+        image = data["image"].as_tensor()
+        content = _content(data) if any(row.scheme == "zscore_content" for row in self.rows) else None
+        channels = [_normalised(c, row, content) for c, row in zip(image, self.rows, strict=True)]
+        return {**data, "image": MetaTensor(torch.stack(channels), affine=data["image"].affine)}
 
 
-def _normalised(channel: Tensor, row: Normalise) -> Tensor:
+def _content(data: Mapping[str, Any]) -> Tensor:
+    """Return (I, J, K): not 0 in every channel, or in a hole of that; labels of a former stage are content, too."""
+    content = torch.from_numpy(ndimage.binary_fill_holes((data["image"] != 0).any(0).numpy()))
+    return content | (data["previous"].as_tensor()[0] > 0) if "previous" in data else content
+
+
+def _normalised(channel: Tensor, row: Normalise, content: Tensor | None) -> Tensor:
     if row.scheme == "none":
         return channel
     if row.scheme == "ct":
         return (channel.clamp(row.low, row.high) - row.mean) / max(row.deviation, 1e-6)
-    return (channel - channel.mean()) / channel.std(correction=0).clamp(min=1e-6)
+    if row.scheme == "range":
+        return (channel - channel.min()) / (channel.max() - channel.min()).clamp(min=1e-8)
+    if row.scheme == "bytes":
+        if channel.min() < 0 or channel.max() > 255:
+            raise BundleError(
+                f"the model learnt from values from 0 to 255, the image has {channel.min():g} to {channel.max():g}; "
+                "convert it as its images were"
+            )
+        return channel / 255
+    if content is None or not content.any():
+        return (channel - channel.mean()) / channel.std(correction=0).clamp(min=1e-6)
+    inside = channel[content]
+    return torch.where(content, (channel - inside.mean()) / inside.std(correction=0).clamp(min=1e-6), channel)
 
 
 def _apply(data: Mapping[str, Any], step: Step, change: Any, move: Tensor) -> Data:
-    """Change image and mask alike; `move` (4, 4) maps the new index to the old one."""
+    """Change image and masks alike; `move` (4, 4) maps the new index to the old one."""
     out: Data = dict(data)
-    for key in ("image", "mask"):
+    for key in ("image", "mask", "previous"):
         if key in data:
             old = data[key]
-            out[key] = MetaTensor(change(old.as_tensor(), key == "mask"), affine=old.affine @ move)
+            out[key] = MetaTensor(change(old.as_tensor(), key != "image"), affine=old.affine @ move)
     out["steps"] = (*data.get("steps", ()), step)
     return out
 
@@ -202,7 +240,7 @@ def restore(logits: Tensor, steps: tuple[Step, ...], *, fill: float | Tensor) ->
     """
     for step in reversed(steps):
         if isinstance(step, Resampled):
-            logits = _resize(logits, step.shape, labels=False)
+            logits = _resize_back(logits, step)
         elif isinstance(step, Cropped):
             whole = torch.as_tensor(fill, dtype=logits.dtype).reshape(-1, 1, 1, 1)
             whole = whole.expand(logits.shape[0], *step.shape).clone()
@@ -211,6 +249,25 @@ def restore(logits: Tensor, steps: tuple[Step, ...], *, fill: float | Tensor) ->
         else:
             logits = _unflip(logits, step.flips)
     return logits
+
+
+def _resize_back(x: Tensor, step: Resampled) -> Tensor:
+    axis = step.nearest
+    if axis is not None and x.shape[axis + 1] != step.shape[axis]:
+        index = torch.from_numpy(nearest_slices(x.shape[axis + 1], step.shape[axis])).to(x.device)
+        plane = tuple(x.shape[a + 1] if a == axis else n for a, n in enumerate(step.shape))
+        x = _resize(x, plane, labels=False).index_select(axis + 1, index)  # type: ignore[arg-type]
+    return _resize(x, step.shape, labels=False)
+
+
+def nearest_slices(before: int, after: int) -> NDArray[np.int64]:
+    """Return which of `before` slices each of `after` over the same extent is nearest to; half way goes up.
+
+    By scipy.ndimage.map_coordinates, as in nnU-Net: the last digit decides what is half way.
+    """
+    places = before / after * (np.arange(after) + 0.5) - 0.5
+    slices = ndimage.map_coordinates(np.arange(before, dtype=np.float64), [places], order=0, mode="nearest")
+    return np.asarray(slices, dtype=np.int64)
 
 
 def _unflip(x: Tensor, flips: tuple[tuple[float, float], ...]) -> Tensor:
