@@ -288,7 +288,9 @@ def header_of(dataset: Dataset, path: Path, sop_class: str) -> Header:
             values = dataset.get(keyword)
             if values is None or values == "":
                 return None
-            floats = tuple(float(value) for value in (values if count > 1 else [values]))
+            texts = values if count > 1 else [values]
+            # Python reads "0_9" as nine.
+            floats = () if "_" in "".join(map(str, texts)) else tuple(map(float, texts))
         except PARSE_ERRORS:
             floats = ()
         if len(floats) != count or not all(math.isfinite(value) for value in floats):

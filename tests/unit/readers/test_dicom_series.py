@@ -352,3 +352,15 @@ def test_real_series_equal_their_reference(data: Path, name: str) -> None:
     image = nibabel.load(folder.with_name(folder.name + "_ground_truth.nii.gz"))
     truth = Volume(np.asarray(image.dataobj, dtype=np.float32)[None], image.affine)
     assert_same(read_series(folder), truth, mm=1e-3)
+
+
+def test_a_number_with_an_underscore_is_none(series: list[Path]) -> None:
+    """Python's float reads "0_9" as nine; DICOM's decimal strings know no underscores (PS3.5 table 6.2-1)."""
+    for path in series:
+        data = path.read_bytes()
+        at = data.index(b"\x28\x00\x30\x00DS") + 8
+        length = int.from_bytes(data[at - 2 : at], "little")
+        value = data[at : at + length]
+        path.write_bytes(data[:at] + value.replace(b".", b"_") + data[at + length :])
+    with pytest.raises(ReadError, match="PixelSpacing"):
+        read_series(series[0].parent)
