@@ -33,7 +33,7 @@ def test_every_format_is_written_and_read_back(source: Any, tmp_path: Path) -> N
     (file,) = set(source.series.files)
     whole = pydicom.dcmread(file)
     own = [frame_uid(header) for header in source.series.headers]
-    for _, row in EXPORTERS.items():
+    for row in (row for _, row in EXPORTERS.items() if not row.picture):
         for copy in "ab":
             row.write(tmp_path / f"{copy}{row.suffix}", source)
         content = (tmp_path / f"a{row.suffix}").read_bytes()
