@@ -77,6 +77,16 @@ def test_the_readme_runs(repository: Path, work: Path, capsys: pytest.CaptureFix
 def test_importing_medseg_is_instant_and_names_what_it_has() -> None:
     import medseg
 
-    assert dir(medseg) == ["check", "evaluate", "listen", "plan", "predict", "report", "retrain", "train"]
-    with pytest.raises(AttributeError, match="no attribute 'trian'; it has check, evaluate, listen, plan"):
+    assert dir(medseg) == [
+        "check",
+        "evaluate",
+        "import_model",
+        "listen",
+        "plan",
+        "predict",
+        "report",
+        "retrain",
+        "train",
+    ]
+    with pytest.raises(AttributeError, match="no attribute 'trian'; it has check, evaluate, import_model, listen"):
         _ = medseg.trian
