@@ -34,7 +34,12 @@ PathLike = str | Path
 
 
 def check(
-    dataset: PathLike, *, splits: PathLike | None = None, out: PathLike | None = None, read: bool = False
+    dataset: PathLike,
+    *,
+    splits: PathLike | None = None,
+    out: PathLike | None = None,
+    read: bool = False,
+    display: Display | None = None,
 ) -> CheckResult | TreeResult:
     """Tell whether a dataset is fit to learn from; with `out`, also as a page and as JSON.
 
@@ -52,10 +57,14 @@ def check(
     if is_tree(Path(dataset)):
         if splits is not None:
             raise ConfigError(f"splits are for datasets, and {dataset} has no dataset.yaml or dataset.json")
-        return check_tree(Path(dataset), read=read, out=_path(out))
+        with display or Display(None) as shown:
+            shown.stage("checking")
+            return check_tree(Path(dataset), read=read, out=_path(out), progress=shown.counted)
     if read:
         raise ConfigError("read is for folders of studies: the images of a dataset are always read")
-    return run(Path(dataset), splits=_path(splits), out=_path(out))
+    with display or Display(None) as shown:
+        shown.stage("checking")
+        return run(Path(dataset), splits=_path(splits), out=_path(out), progress=shown.counted)
 
 
 def plan(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -95,46 +95,23 @@ def check(
 
     Example: medseg check data_specs/hippocampus.yaml --out check
     """
-    from medseg.checking.run import check as run
-    from medseg.checking.run import render
-    from medseg.checking.tree import is_tree
-    from medseg.display import Display
-
-    if is_tree(dataset):
-        _check_tree(dataset, out=out, splits=splits, read=read, json=json)
-    if read:
-        raise ConfigError("--read is for folders of studies: the images of a dataset are always read")
-    with Display(None if json else errors) as display:
-        display.stage("checking")
-        result = run(dataset, splits=splits, out=out, progress=display.counted)
-    if json:
-        typer.echo(result.to_json())
-    else:
-        console.print(render(result))
-        if result.page:
-            say(f"Page: {result.page}")
-    raise typer.Exit(0 if result.ok else 1)
-
-
-def _check_tree(folder: Path, *, out: Path | None, splits: Path | None, read: bool, json: bool) -> NoReturn:
-    """Check a folder of DICOM studies."""
-    from medseg.checking.tree import check_tree
+    from medseg import api
+    from medseg.checking.run import CheckResult, render
     from medseg.checking.tree_page import terminal
     from medseg.display import Display
 
-    if splits is not None:
-        raise ConfigError(f"--splits is for datasets, and {folder} has no dataset.yaml or dataset.json")
-    with Display(None if json else errors) as display:
-        display.stage("checking")
-        result = check_tree(folder, read=read, out=out, progress=display.counted)
+    progress = Display(None if json else errors)
+    result = api.check(dataset, splits=splits, out=out, read=read, display=progress)
     if json:
         typer.echo(result.to_json())
+    elif isinstance(result, CheckResult):
+        console.print(render(result))
     else:
         console.print(terminal(result))
         if not result.series:
             say("A dataset would be a spec file, or a folder with dataset.yaml or dataset.json.")
-        if result.page:
-            say(f"Page: {result.page}")
+    if result.page and not json:
+        say(f"Page: {result.page}")
     raise typer.Exit(result.exit_code)
 
 

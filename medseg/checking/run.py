@@ -49,6 +49,11 @@ class CheckResult:
         return not any(finding.severity == "error" for finding in self.findings)
 
     @property
+    def exit_code(self) -> int:
+        """0: fit to learn from; 1: not."""
+        return 0 if self.ok else 1
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many findings there are of each severity."""
         found = Counter(finding.severity for finding in self.findings)
