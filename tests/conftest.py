@@ -240,6 +240,20 @@ def tiny_plan() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def model(
+    tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Callable[..., Path], tiny_plan: Callable[..., Path]
+) -> Path:
+    """A run folder with a model of one MR channel, labels ball and box, that was hardly trained."""
+    from medseg import api
+
+    root = tmp_path_factory.mktemp("model")
+    tiny_dataset(root / "data", cases=4, test=0)
+    plan = tiny_plan(root / "data", root / "plan.yaml", steps=30)
+    api.train(root / "data", out=root / "run", steps=30, plan=plan)
+    return root / "run"
+
+
 def _axes(*columns: tuple[float, float, float]) -> Array:
     """An affine whose I, J, K step by 0.8, 1.1 and 2.5 mm along these directions (RAS+)."""
     affine = np.eye(4)

@@ -22,7 +22,6 @@ import pydicom
 import pytest
 import yaml
 
-from medseg import api
 from medseg.phantom.dicom import write_series
 from medseg.volume import Volume
 
@@ -114,18 +113,6 @@ def orthanc(program: Callable[[str], str], tmp_path: Path) -> Iterator[Orthanc]:
     finally:
         process.terminate()
         process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def model(
-    tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Callable[..., Path], tiny_plan: Callable[..., Path]
-) -> Path:
-    """A model of one MR channel that was hardly trained."""
-    root = tmp_path_factory.mktemp("model")
-    tiny_dataset(root / "data", cases=4, test=0)
-    plan = tiny_plan(root / "data", root / "plan.yaml", steps=30)
-    api.train(root / "data", out=root / "run", steps=30, plan=plan)
-    return root / "run"
 
 
 def make_study(folder: Path, tiny: Any, number: int) -> list[Path]:

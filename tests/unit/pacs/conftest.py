@@ -18,7 +18,6 @@ from urllib.parse import parse_qs, urlsplit
 import pydicom
 import pytest
 
-from medseg import api
 from medseg.inference.predict import Model, load_model
 from medseg.pacs import need
 from medseg.phantom.dicom import write_series
@@ -187,15 +186,9 @@ def archive() -> Iterator[Archive]:
 
 
 @pytest.fixture(scope="session")
-def loaded(
-    tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Callable[..., Path], tiny_plan: Callable[..., Path]
-) -> Model:
+def loaded(model: Path) -> Model:
     """A model of one MR channel that was hardly trained."""
-    root = tmp_path_factory.mktemp("model")
-    tiny_dataset(root / "data", cases=4, test=0)
-    plan = tiny_plan(root / "data", root / "plan.yaml", steps=10)
-    api.train(root / "data", out=root / "run", steps=10, plan=plan)
-    return load_model(root / "run")
+    return load_model(model)
 
 
 CANARIES = {
