@@ -3,6 +3,7 @@
 model.json               plan, spec, versions, and the SHA-256 of each weights file
 fold_<k>.safetensors     weights of one network (safetensors: no code can hide in it)
 previous/                of a cascade: the bundle of its first stage
+member_<n>/              of an ensemble of configurations: the bundle of one of them
 
 A folder of a model that nnU-Net v2 trained is opened like a bundle, and `import_bundle` makes it one.
 """
@@ -80,18 +81,35 @@ class Calibration(Config):
     cases: int
 
 
+class Member(Config):
+    """One model of an ensemble, in a folder member_<n> of its bundle.
+
+    Attributes
+    ----------
+    name : as people tell it from the others.
+    digest : of its bundle, which predicts also on its own.
+    networks : how many it has, one a fold.
+    """
+
+    name: str
+    digest: str
+    networks: int = Field(gt=0)
+
+
 class BundleInfo(Config):
     """Content of model.json.
 
     Attributes
     ----------
-    weights : file name -> SHA-256, one file a fold.
+    plan : of an ensemble that of its first member.
+    weights : file name -> SHA-256, one file a fold; none of an ensemble, whose members have them.
     dataset_digest : SHA-256 of the manifest of the cases it learnt from.
     training : what the training recorded (steps, seconds, validation Dice); for people.
     tracking_run : id of the MLflow run that made it, if it was tracked.
     postprocess : what is done to its masks, in this order; nothing in bundles of before.
     calibration : of its probabilities; None where they are the network's own.
     previous : digest of the first stage of a cascade, whose mask the networks are given beside the image.
+    members : of an ensemble of configurations: their probabilities, each with its own temperature, are averaged.
     """
 
     format: int
@@ -106,6 +124,7 @@ class BundleInfo(Config):
     postprocess: tuple[PostStep, ...] = ()
     calibration: Calibration | None = None
     previous: str | None = None
+    members: tuple[Member, ...] = ()
 
     @property
     def temperature(self) -> float:
@@ -114,7 +133,7 @@ class BundleInfo(Config):
 
     @property
     def digest(self) -> str:
-        """SHA-256 that names the model: weights, plan, spec; steps, temperature and first stage where it has any."""
+        """SHA-256 that names the model: weights, plan, spec; steps, temperature, first stage, members if it has any."""
         parts: list[Any] = [self.weights, self.plan.digest, spec_digest(self.spec)]
         if self.postprocess:
             parts.append([step.model_dump(mode="json") for step in self.postprocess])
@@ -122,7 +141,14 @@ class BundleInfo(Config):
             parts.append({"temperature": self.temperature})
         if self.previous is not None:
             parts.append({"previous": self.previous})
+        if self.members:
+            parts.append({"members": [member.digest for member in self.members]})
         return digest(parts)
+
+    def _mirrored(self, mirror: bool | None) -> bool | str:
+        if mirror is not None:
+            return mirror
+        return "as planned for each member" if self.members else self.plan.test_mirroring
 
     def provenance(self, mirror: bool | None) -> dict[str, str | int | float | bool | None]:
         """Return what is said about the origin of this model's predictions; no path, no date.
@@ -135,8 +161,8 @@ class BundleInfo(Config):
             "spec_hash": spec_digest(self.spec),
             "dataset_hash": self.dataset_digest,
             "software": f"medseg {self.versions['medseg']}",
-            "tta": self.plan.test_mirroring if mirror is None else mirror,
-            "folds": len(self.weights),
+            "tta": self._mirrored(mirror),
+            "folds": len(self.weights) or sum(member.networks for member in self.members),
             "postprocess": "; ".join(map(str, self.postprocess)),
             "temperature": self.temperature,
             "tracking_run": self.tracking_run,
@@ -150,6 +176,7 @@ class Bundle:
     Attributes
     ----------
     previous : the first stage of a cascade.
+    members : the models of an ensemble.
     states : weights by name of file, where the folder holds them in another program's form.
     """
 
@@ -157,6 +184,7 @@ class Bundle:
     info: BundleInfo
     previous: Bundle | None = None
     states: Mapping[str, dict[str, Tensor]] | None = field(default=None, repr=False, compare=False)
+    members: tuple[Bundle, ...] = ()
 
 
 def versions() -> dict[str, str]:
@@ -251,7 +279,7 @@ def open_bundle(path: Path, *, folds: Sequence[str] = ()) -> Bundle:
         raise BundleError(f"{folder / MODEL_FILE}: damaged or of another version of medseg ({error})") from error
     if info.format != BUNDLE_FORMAT:
         raise BundleError(f"{folder}: bundle format {info.format}; this medseg reads format {BUNDLE_FORMAT}")
-    if not info.weights:
+    if not info.weights and not info.members:
         raise BundleError(f"{folder}: {MODEL_FILE} names no weights; restore the bundle")
     for name, expected in info.weights.items():
         file = folder / name
@@ -260,16 +288,21 @@ def open_bundle(path: Path, *, folds: Sequence[str] = ()) -> Bundle:
         if not file.is_file() or file_digest(file) != expected:
             state = "damaged" if file.is_file() else "missing"
             raise BundleError(f"{file}: {state}: its SHA-256 is not the one in {MODEL_FILE}; restore the bundle")
-    return Bundle(folder, info, _open_previous(folder, info))
+    previous = None if info.previous is None else _open_part(folder / PREVIOUS, info.previous, "first stage")
+    members = [_open_part(folder / member_folder(n), member.digest, "member") for n, member in enumerate(info.members)]
+    return Bundle(folder, info, previous, members=tuple(members))
 
 
-def _open_previous(folder: Path, info: BundleInfo) -> Bundle | None:
-    if info.previous is None:
-        return None
-    previous = open_bundle(folder / PREVIOUS)
-    if previous.info.digest != info.previous:
-        raise BundleError(f"{folder / PREVIOUS}: not the first stage that {MODEL_FILE} names; restore the bundle")
-    return previous
+def member_folder(number: int) -> str:
+    """Return the name of the folder in which the bundle of an ensemble's member lies."""
+    return f"member_{number}"
+
+
+def _open_part(folder: Path, expected: str, what: str) -> Bundle:
+    part = open_bundle(folder)
+    if part.info.digest != expected:
+        raise BundleError(f"{folder}: not the {what} that {MODEL_FILE} names; restore the bundle")
+    return part
 
 
 def _of_nnunet(folder: Path, model: Foreign) -> Bundle:
@@ -294,7 +327,7 @@ def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_networks(bundle: Bundle) -> list[nn.Module]:
-    """Build the network of each fold with its weights, in evaluation mode on the CPU.
+    """Build the network of each fold with its weights, in evaluation mode on the CPU; none for an ensemble's own.
 
     Raises
     ------

@@ -6,6 +6,8 @@ each (sigmoid), painted over each other in the order of the spec.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,28 @@ def probabilities(spec: Spec, logits: Tensor, *, temperature: float = 1.0) -> Te
     """
     logits = logits if temperature == 1 else logits / temperature
     return logits.softmax(0)[1:] if exclusive(spec) else logits.sigmoid()
+
+
+def mean_logits(spec: Spec, parts: Iterable[Tensor]) -> Tensor:
+    """Average the probabilities of several logits (K, *S), and return the mean as logits (K, *S).
+
+    `decode` and `probabilities` of the result are those of the mean: its logarithm, and of regions its log-odds.
+    Probabilities are kept from 0 (1e-20; of regions 1e-7 from 0 and 1). Two arrays are held beside the part at hand.
+
+    Raises
+    ------
+    ValueError : there is no part.
+    """
+    total: Tensor | None = None
+    count = 0
+    for logits in parts:
+        soft = logits.softmax(0) if exclusive(spec) else logits.sigmoid()
+        total = soft if total is None else total.add_(soft)
+        count += 1
+    if total is None:
+        raise ValueError("there are no logits to average")
+    mean = total.div_(count)
+    return mean.clamp_(min=1e-20).log_() if exclusive(spec) else torch.logit(mean, eps=1e-7)
 
 
 def background_logits(spec: Spec) -> Tensor:

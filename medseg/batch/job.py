@@ -53,6 +53,8 @@ KINDS["Settings"] = Settings
 
 def recipe(info: BundleInfo, mirror: bool | None) -> str:
     """Return what results are made by: the digest of the model and the options that change its answer."""
+    if info.members and mirror is None:  # each of them as planned, which for the whole is neither with nor without
+        return f"{info.digest}+planned"
     tta = info.plan.test_mirroring if mirror is None else mirror
     return f"{info.digest}{'+mirror' if tta else ''}"
 

@@ -17,18 +17,25 @@ from medseg.inference.postprocess import postprocess, require_steps
 from medseg.inference.sliding_window import slide
 from medseg.preparation.path import prediction_path
 from medseg.preparation.preprocess import as_meta_tensor, restore
-from medseg.targets import background_logits, decode, probabilities
+from medseg.targets import background_logits, decode, mean_logits, probabilities
 from medseg.volume import Volume
 
 
 @dataclass(frozen=True)
 class Model:
-    """A verified bundle with its networks on a device; `previous` is the first stage of a cascade."""
+    """A verified bundle with its networks on a device.
+
+    Attributes
+    ----------
+    previous : the first stage of a cascade.
+    members : the models of an ensemble, which has no networks of its own.
+    """
 
     bundle: Bundle
     networks: Sequence[nn.Module]
     device: torch.device
     previous: Model | None = None
+    members: tuple[Model, ...] = ()
 
 
 def load_model(model: Path | Bundle, *, device: torch.device | None = None, info: BundleInfo | None = None) -> Model:
@@ -47,7 +54,7 @@ def load_model(model: Path | Bundle, *, device: torch.device | None = None, info
     device = device or best_device()
     bundle = model if isinstance(model, Bundle) else open_bundle(model)
     if info is not None:
-        if info.weights != bundle.info.weights:
+        if (info.weights, info.members) != (bundle.info.weights, bundle.info.members):
             raise BundleError(f"{bundle.folder}: the model was replaced while it was in use; run the command again")
         bundle = replace(bundle, info=info)
     return _loaded(bundle, device)
@@ -56,7 +63,8 @@ def load_model(model: Path | Bundle, *, device: torch.device | None = None, info
 def _loaded(bundle: Bundle, device: torch.device) -> Model:
     bundle = usable(bundle)
     previous = None if bundle.previous is None else _loaded(bundle.previous, device)
-    return Model(bundle, [network.to(device) for network in load_networks(bundle)], device, previous)
+    members = tuple(_loaded(member, device) for member in bundle.members)
+    return Model(bundle, [network.to(device) for network in load_networks(bundle)], device, previous, members)
 
 
 def usable(model: Path | Bundle) -> Bundle:
@@ -128,7 +136,12 @@ def _mask(model: Model, image: Volume, logits: Tensor) -> Volume:
 
 @torch.inference_mode()
 def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -> Tensor:
-    """Return the logits (K, I, J, K') on the grid of the image; raises as `predict_volume`."""
+    """Return the logits (K, I, J, K') on the grid of the image; raises as `predict_volume`.
+
+    Those of an ensemble stand for the mean of its members' probabilities (see `medseg.targets.mean_logits`).
+    """
+    if model.members:
+        return ensemble_logits(model.members, image, mirror=mirror)
     plan, spec = model.bundle.info.plan, model.bundle.info.spec
     if image.array.shape[0] != len(spec.channels):
         raise BundleError(
@@ -150,3 +163,14 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -
     if not torch.isfinite(logits).all():
         raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
     return restore(logits, data["steps"], fill=background_logits(spec))
+
+
+def ensemble_logits(members: Sequence[Model], image: Volume, *, mirror: bool | None = None) -> Tensor:
+    """Return logits (K, I, J, K') whose probabilities are the mean of the members', each with its temperature.
+
+    One member after the other, so that memory does not grow with their number; `mirror` unless told as each one's plan
+    says.
+    """
+    spec = members[0].bundle.info.spec
+    each = (predict_logits(m, image, mirror=mirror) / m.bundle.info.temperature for m in members)
+    return mean_logits(spec, each)
