@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -32,3 +35,36 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager[object]
     if precision == "bf16":
         return torch.autocast(device_type, torch.bfloat16)
     return nullcontext()
+
+
+class Stopwatch:
+    """Seconds of a block on a device, read after the next moment at which the processor waits for it anyway.
+
+    On a GPU two events are put into its queue, so that measuring makes nobody wait; on the processor it is a clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        event: Any = torch.cuda.Event
+        self._events = [event(enable_timing=True), event(enable_timing=True)] if device.type == "cuda" else None
+        self._began = self._ended = 0.0
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self._began = time.monotonic()
+        if self._events:
+            self._events[0].record()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop."""
+        if self._events:
+            self._events[1].record()
+        self._ended = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long the block took; on a GPU to be asked only after it was waited for."""
+        if self._events:
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._ended - self._began

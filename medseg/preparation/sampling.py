@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -98,11 +99,46 @@ def draws(*, seed: int, step: int, batch_size: int, cases: int, foreground_share
     Cases follow one random permutation after another, so that all are seen equally often; the first
     ``ceil(foreground_share * batch_size)`` places of a batch are guaranteed to hold foreground.
     """
-    forced = int(np.ceil(foreground_share * batch_size - 1e-9))
+    forced = forced_places(batch_size, foreground_share)
+    indices = drawn_cases(seed=seed, step=step, batch_size=batch_size, cases=cases)
     rows = []
-    for slot in range(batch_size):
-        position = step * batch_size + slot
-        order = np.random.default_rng((seed, 1, position // cases)).permutation(cases)
-        patch_seed = int(np.random.default_rng((seed, 2, position)).integers(2**31))
-        rows.append(Draw(int(order[position % cases]), slot < forced, patch_seed))
+    for slot, index in enumerate(indices):
+        patch_seed = int(np.random.default_rng((seed, 2, step * batch_size + slot)).integers(2**31))
+        rows.append(Draw(index, slot < forced, patch_seed))
     return rows
+
+
+def forced_places(batch_size: int, foreground_share: float) -> int:
+    """Return how many places of a batch, the first ones, are guaranteed to hold foreground."""
+    return int(np.ceil(foreground_share * batch_size - 1e-9))
+
+
+def drawn_cases(*, seed: int, step: int, batch_size: int, cases: int) -> list[int]:
+    """Return the index of the case at each place of a step's batch."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_order(seed, position // cases, cases)[position % cases]) for position in positions]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, passing: int, cases: int) -> NDArray[np.int64]:
+    """Return the order of the cases in one pass over them."""
+    return np.random.default_rng((seed, 1, passing)).permutation(cases)
+
+
+def tally(
+    *, seed: int, steps: int, batch_size: int, cases: int, foreground_share: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return how often each case was drawn in the first `steps` steps, and how often with foreground guaranteed.
+
+    Two arrays (cases,); the same as counting the rows of `draws`, without drawing the patches.
+    """
+    forced = forced_places(batch_size, foreground_share)
+    total = np.zeros(cases, np.int64)
+    guaranteed = np.zeros(cases, np.int64)
+    positions = steps * batch_size
+    for passing in range(-(-positions // cases)):
+        first = passing * cases
+        order = _order(seed, passing, cases)[: positions - first]
+        total[order] += 1
+        guaranteed[order[np.arange(first, first + len(order)) % batch_size < forced]] += 1
+    return total, guaranteed

@@ -26,6 +26,7 @@ from medseg.studies import read_study
 from medseg.targets import decode
 from medseg.tracking import Tracker
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
+from medseg.training.drawn import write_drawn
 from medseg.training.loop import Job, Learner
 from medseg.training.state import LoopState
 from medseg.training.temperature import VoxelSample
@@ -86,9 +87,13 @@ def finish_run(
             step=states[-1].step,
         )
     for number, (job, state) in enumerate(zip(jobs, states, strict=True)):
-        curves = out / "5_folds" / str(_number(job)) / "curves" / "curves.png"
-        curves_png(curve_rows(job, state), curves)
-        tracker.artifact(curves, f"curves/{number}")
+        curves = out / "5_folds" / str(_number(job)) / "curves"
+        curves_png(curve_rows(job, state), curves / "curves.png")
+        write_drawn(curves / "draws.csv", job.spec, job.plan, job.train, steps=state.step, seen=state.seen)
+        write_json(curves / "pace.json", {**asdict(state.pace), "data_share": state.pace.data_share})
+        for file in sorted(curves.iterdir()):
+            tracker.artifact(file, f"curves/{number}")
+        display.say(f"fold {_number(job)}: {state.pace}" if len(jobs) > 1 else str(state.pace))
     _overlays(jobs[0], out, report / "overlays")
     tracker.table("validation_cases", scored.rows)
     tracker.metrics({f"final_dice_{name}": value for name, value in scored.dice.items()}, step=states[-1].step)

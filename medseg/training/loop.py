@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import Compose
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medseg.bundle import make_network
-from medseg.device import autocast
+from medseg.device import Stopwatch, autocast
 from medseg.errors import Stopped, TrainingError
 from medseg.inference.sliding_window import slide
 from medseg.losses import LOSSES, deep_supervision
@@ -28,9 +29,10 @@ from medseg.planning.plan import Plan
 from medseg.preparation.augment import augment
 from medseg.preparation.cache import CaseCache
 from medseg.preparation.path import after_cache
-from medseg.preparation.sampling import draws
+from medseg.preparation.sampling import drawn_cases, draws
 from medseg.spec import Case, Spec
 from medseg.targets import decode, encode, exclusive
+from medseg.training.drawn import add_drawn, label_voxels
 from medseg.training.schedule import Schedule
 from medseg.training.state import LoopState, load_state, mean_dice, save_state
 
@@ -85,10 +87,12 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
     with ThreadPoolExecutor(1) as reader, stop_request() as stop, learner.saved_on(Stopped):
         ahead = reader.submit(read_batch, job, state.step)
         while (factor := _next_factor(schedule, state.step, stop)) is not None:
-            images, masks = ahead.result()
-            ahead = reader.submit(read_batch, job, state.step + 1)
             began = time.monotonic()
+            images, masks = ahead.result()
+            state.pace.waiting += time.monotonic() - began
+            ahead = reader.submit(read_batch, job, state.step + 1)
             learner.step(images, masks, factor)
+            state.pace.stepping += time.monotonic() - began
             state.seconds = spent + time.monotonic() - resumed
             watch(state, schedule, time.monotonic() - began)
             due = added([schedule.validate_after(state.step - 1)])[0] > 0
@@ -157,7 +161,8 @@ class Learner:
         )
         self.loss = LOSSES[job.plan.loss]
         self.levels: Callable[[Tensor], list[Tensor]] = self.network.forward_levels
-        self.state = LoopState()
+        shape = (len(job.train), len(job.spec.foreground), 2)
+        self.state = LoopState(seen=torch.zeros(shape, dtype=torch.int64))
 
     def join(self) -> None:
         """Share the gradients with the other processes, if there are any."""
@@ -168,16 +173,18 @@ class Learner:
         """Augment a batch, learn from it, and move the running average."""
         plan, state = self.job.plan, self.state
         seed = int(np.random.default_rng((plan.seed, 3, state.step)).integers(2**62))
-        images, masks = augment(
-            images.to(self.job.device),
-            masks.to(self.job.device),
-            plan.augmentation,
-            plan.patch_size,
-            seed=seed,
-            dimensions=plan.dimensions,
-            whole=plan.batch_size,
-            rows=world().share,
-        )
+        with Stopwatch(self.job.device) as augmenting:
+            images, masks = augment(
+                images.to(self.job.device),
+                masks.to(self.job.device),
+                plan.augmentation,
+                plan.patch_size,
+                seed=seed,
+                dimensions=plan.dimensions,
+                whole=plan.batch_size,
+                rows=world().share,
+            )
+        held = label_voxels(masks, self.job.spec.foreground.values())
         if plan.dimensions == 2:
             images, masks = images[..., 0], masks[..., 0]
         target, valid = encode(self.job.spec, masks)
@@ -189,7 +196,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
-        value = added([float(loss.detach())])[0] / world().size
+        value, *voxels = added([float(loss.detach()), *self._in_batch(held)])
+        value /= world().size
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} at step {state.step}: the training diverged. The last checkpoint is kept; "
@@ -200,6 +208,25 @@ class Learner:
         state.step += 1
         state.factors.append(factor)
         state.losses.append(value)
+        state.pace.augmenting += augmenting.seconds()
+        self._count(np.array(voxels))
+
+    def _in_batch(self, held: Tensor) -> list[float]:
+        """Return the voxels (own patches, labels) at their places in the whole batch, 0 at those of other processes."""
+        whole = np.zeros((self.job.plan.batch_size, held.shape[1]))
+        whole[world().share] = held.cpu().numpy()
+        flat: list[float] = whole.ravel().tolist()
+        return flat
+
+    def _count(self, voxels: NDArray[np.float64]) -> None:
+        """Count the labels in the patches of the step that was just done."""
+        plan, seen = self.job.plan, self.state.seen
+        if not len(seen):
+            return
+        cases = drawn_cases(
+            seed=plan.seed, step=self.state.step - 1, batch_size=plan.batch_size, cases=len(self.job.train)
+        )
+        add_drawn(seen, cases, voxels.reshape(plan.batch_size, -1))
 
     @torch.no_grad()
     def _move_average(self, decay: float) -> None:

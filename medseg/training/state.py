@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medseg.errors import TrainingError
 from medseg.files import canonical_json, digest, write_atomically
+from medseg.training.pace import Pace
 
 StateDict = dict[str, Tensor]
 
@@ -35,6 +36,9 @@ class LoopState:
     best_dice : validation Dice of `best`; -1 before the first validation.
     factors, losses : learning-rate share and loss of every step done.
     validations : {"step", "seconds", "dice": {label: mean Dice}} of every validation done.
+    seen : (training cases, labels, 2) int64: patches that held a label, and its voxels in them (see training.drawn);
+        empty in a checkpoint from before they were counted.
+    pace : where the time of the steps went.
     """
 
     step: int = 0
@@ -47,6 +51,8 @@ class LoopState:
     factors: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     validations: list[dict[str, Any]] = field(default_factory=list)
+    seen: Tensor = field(default_factory=lambda: torch.zeros((0, 0, 2), dtype=torch.int64))
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -71,12 +77,14 @@ def save_state(path: Path, state: LoopState, *, job: str) -> None:
     }
     tensors["record/factors"] = torch.tensor(state.factors, dtype=torch.float64)
     tensors["record/losses"] = torch.tensor(state.losses, dtype=torch.float64)
+    tensors["record/seen"] = state.seen
     plain = {
         "job": job,
         "step": state.step,
         "seconds": state.seconds,
         "best_dice": state.best_dice,
         "validations": state.validations,
+        "pace": asdict(state.pace),
     }
     metadata = {"state": json.dumps(plain), "sha256": _checksum(plain, tensors)}
     # Not save_file: where the disk is full it raises no OSError.
@@ -121,6 +129,8 @@ def load_state(path: Path, *, job: str) -> LoopState:
         validations=plain["validations"],
         factors=tensors.pop("record/factors").tolist(),
         losses=tensors.pop("record/losses").tolist(),
+        seen=tensors.pop("record/seen", LoopState().seen),
+        pace=Pace(**plain.get("pace", {})),
     )
     for key, value in tensors.items():
         group, _, name = key.partition("/")

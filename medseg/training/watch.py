@@ -40,6 +40,7 @@ class Watch:
         rows = {
             "train_loss": sum(losses) / len(losses),
             "learning_rate": self.job.plan.learning_rate * state.factors[-1],
+            "data_share": state.pace.data_share,
             "val_dice_mean": mean_dice(dice),
             **{f"val_dice_{name}": value for name, value in dice.items()},
         }

@@ -60,6 +60,8 @@ def test_two_processes_learn_what_one_learns(place: Path) -> None:
     told = run(place, "together", processes=2)
     assert told.stdout.count(f"{STEPS} steps in") == 1, "one process speaks"
     assert distance(place / "alone" / MODEL, place / "together" / MODEL) < 2e-3
+    draws = "5_folds/0/curves/draws.csv"
+    assert (place / "alone" / draws).read_bytes() == (place / "together" / draws).read_bytes()
     names = lambda root: sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())  # noqa: E731
     assert names(place / "alone") == names(place / "together")
 

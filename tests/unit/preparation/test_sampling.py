@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.transforms import Compose, RandFlipd
 
-from medseg.preparation.sampling import Draw, SamplePatch, draws, patch_start, read_region
+from medseg.preparation.sampling import Draw, SamplePatch, draws, patch_start, read_region, tally
 
 triples = st.tuples(*[st.integers(1, 9)] * 3)
 
@@ -154,6 +154,33 @@ def test_cases_take_turns_and_the_foreground_share_is_kept(cases: int, batch: in
         forced = [row.foreground for row in step]
         assert sum(forced) == -(-share * batch // 100)
         assert forced == sorted(forced, reverse=True)
+
+
+@settings(max_examples=50)
+@given(
+    cases=st.integers(1, 12),
+    batch=st.integers(1, 7),
+    steps=st.integers(0, 20),
+    share=st.integers(0, 100),
+    seed=st.integers(0, 2**31),
+)
+def test_the_tally_is_the_count_of_what_was_drawn(cases: int, batch: int, steps: int, share: int, seed: int) -> None:
+    options = {"seed": seed, "batch_size": batch, "cases": cases, "foreground_share": share / 100}
+    rows = [row for step in range(steps) for row in draws(step=step, **options)]
+    total, forced = tally(steps=steps, **options)
+    assert total.tolist() == [sum(row.case_index == case for row in rows) for case in range(cases)]
+    assert forced.tolist() == [sum(row.case_index == case and row.foreground for row in rows) for case in range(cases)]
+
+
+def test_what_a_step_draws_is_what_it_always_drew() -> None:
+    """Numbers of the first version: a checkpoint of then goes on to the same bits."""
+    rows = draws(seed=3, step=7, batch_size=4, cases=5, foreground_share=0.5)
+    assert [(row.case_index, row.foreground, row.seed) for row in rows] == [
+        (0, True, 1895587293),
+        (2, True, 1044953080),
+        (1, False, 2023729869),
+        (3, False, 1990822229),
+    ]
 
 
 def test_share_that_is_a_whole_number_is_not_rounded_up() -> None:

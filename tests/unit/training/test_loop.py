@@ -263,3 +263,34 @@ def test_the_record_is_plain_json(make_job: Maker) -> None:
     job = make_job("steps=3")
     state = fit(job, by_steps(job))
     json.dumps([state.factors, state.losses, state.validations], allow_nan=False)
+
+
+def test_what_was_drawn_is_counted_and_survives_a_stop(make_job: Maker) -> None:
+    """An oracle of its own: the patches of every step again, from the same pure functions."""
+    whole, stopped = make_job(), make_job()
+    seen: list[tuple[int, torch.Tensor]] = []
+    real = loop.encode
+
+    def remember(spec: object, masks: torch.Tensor) -> object:
+        seen.extend((number, mask) for number, mask in enumerate(masks))
+        return real(spec, masks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "encode", remember)
+        state = fit(whole, by_steps(whole))
+    plan, labels = whole.plan, list(whole.spec.foreground.values())
+    expected = torch.zeros((len(whole.train), len(labels), 2), dtype=torch.int64)
+    for number, (slot, mask) in enumerate(seen):
+        step = number // plan.batch_size
+        row = loop.draws(
+            seed=plan.seed, step=step, batch_size=plan.batch_size, cases=len(whole.train), foreground_share=0.5
+        )[slot]
+        for at, value in enumerate(labels):
+            expected[row.case_index, at, 0] += bool((mask == value).any())
+            expected[row.case_index, at, 1] += int((mask == value).sum())
+    assert len(seen) == plan.steps * plan.batch_size
+    assert expected.sum() > 0
+    assert torch.equal(state.seen, expected)
+    assert torch.equal(fit_with_stops(stopped, {2, 5}).seen, expected)
+    assert 0 < state.pace.data_share < 1
+    assert load_state(whole.checkpoint, job="job").pace == state.pace
