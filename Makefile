@@ -46,7 +46,7 @@ ifdef NAME
 	@$(BIN)/python benchmarks/$(NAME).py $(ARGS)
 else
 	@echo 'make bench NAME=x ARGS="..." runs one of:'
-	@for file in benchmarks/*.py; do \
+	@for file in benchmarks/[!_]*.py; do \
 	  [ -e "$$file" ] || continue; \
 	  printf '  %-28s %s\n' "$$(basename "$$file" .py)" "$$(sed -n '1s/^"""\([^"]*\).*/\1/p' "$$file")"; \
 	done
