@@ -85,11 +85,12 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run without the user's MLFLOW_* and MEDSEG_* settings, and away from the user's key."""
+    """Run without the user's MLFLOW_* and MEDSEG_* settings, and away from the user's key and cache."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("MLFLOW_", "MEDSEG_"))]:
             patch.delenv(name)
         patch.setenv("MEDSEG_KEY_FILE", str(tmp_path_factory.mktemp("key") / "medseg.key"))
+        patch.setenv("MEDSEG_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

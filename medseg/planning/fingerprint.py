@@ -5,11 +5,12 @@ All sizes and spacings are those of the cases turned to RAS, so that axes mean t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from medseg.config import Config
 from medseg.errors import MedsegError, SpecError
@@ -48,6 +49,8 @@ class Fingerprint(Config):
     label_ml : label -> median volume (mL; for pictures, kilopixels) over the cases that have it.
     label_cases : label -> number of cases that have it.
     annotated_share : share of voxels that are not marked "ignore".
+    label_thickness : label -> twice its volume over its surface (mm or pixel; see `thickness`), median over the cases
+        that have it. Empty in fingerprints from before it was taken.
     """
 
     cases: int
@@ -59,6 +62,12 @@ class Fingerprint(Config):
     label_ml: dict[str, float]
     label_cases: dict[str, int]
     annotated_share: float = 1.0
+    label_thickness: dict[str, float] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what older fingerprints do not have: plans that hold one keep their digest."""
+        return {key: value for key, value in values(self).items() if key != "label_thickness" or value}
 
     @property
     def median_shape(self) -> tuple[int, int, int]:
@@ -129,6 +138,7 @@ class _Facts(Config):
     spacing: tuple[float, float, float]
     samples: tuple[tuple[float, ...], ...]
     label_ml: dict[str, float]
+    thickness: dict[str, float]
     annotated: float
     origin: dict[str, str]
 
@@ -144,9 +154,43 @@ def _facts(spec: Spec, study: Study) -> _Facts:
         spacing=image.spacing,
         samples=tuple(tuple(_sample(channel, foreground)) for channel in image.array),
         label_ml={name: count * image.voxel_volume / 1000 for name, count in counts.items() if count},
+        thickness=thickness(mask, image.spacing, spec.foreground, counts),
         annotated=float(known.mean()),
         origin={word: study.image.meta[word] for word in GROUPING if word in study.image.meta},
     )
+
+
+def thickness(
+    mask: NDArray[np.generic], spacing: tuple[float, float, float], labels: Mapping[str, int], counts: Mapping[str, int]
+) -> dict[str, float]:
+    """Return twice volume over surface of each label that is there: the thickness of a sheet, a third of a ball's.
+
+    Parameters
+    ----------
+    mask : (I, J, K) label values.
+    spacing : of its voxels.
+    counts : label -> its voxels.
+
+    The surface is that of the voxels' faces, which is larger than a smooth one (by a half on average), so that no
+    label is taken for thicker than it is. Faces on the border of the image count: nothing is known behind them. Axes of
+    a single voxel have no faces.
+    """
+    faces = dict.fromkeys(labels.values(), 0.0)
+    voxel = float(np.prod(spacing))
+    for axis, step in enumerate(spacing):
+        if mask.shape[axis] < 2:
+            continue
+        rows = np.moveaxis(mask, axis, 0)
+        change = rows[1:] != rows[:-1]
+        ends = np.concatenate([rows[1:][change], rows[:-1][change], rows[-1].ravel(), rows[0].ravel()])
+        for value, count in zip(*np.unique(ends, return_counts=True), strict=True):
+            if int(value) in faces:
+                faces[int(value)] += float(count) * voxel / step
+    return {
+        name: tidy(2 * counts[name] * voxel / faces[value])
+        for name, value in labels.items()
+        if counts[name] and faces[value]
+    }
 
 
 def _sample(channel: NDArray[np.generic], foreground: NDArray[np.bool_]) -> list[float]:
@@ -168,6 +212,7 @@ def _summarise(spec: Spec, cases: Sequence[Case], facts: list[_Facts]) -> Finger
             low=low, median=median, high=high, mean=tidy(values.mean()), deviation=tidy(values.std())
         )
     volumes = {name: [f.label_ml[name] for f in facts if name in f.label_ml] for name in spec.foreground}
+    across = {name: [f.thickness[name] for f in facts if name in f.thickness] for name in spec.foreground}
     return Fingerprint(
         cases=len(facts),
         patients=len({case.patient for case in cases}),
@@ -178,4 +223,5 @@ def _summarise(spec: Spec, cases: Sequence[Case], facts: list[_Facts]) -> Finger
         label_ml={name: tidy(float(np.median(v))) if v else 0.0 for name, v in volumes.items()},
         label_cases={name: len(v) for name, v in volumes.items()},
         annotated_share=tidy(float(np.mean([f.annotated for f in facts]))),
+        label_thickness={name: tidy(float(np.median(v))) for name, v in across.items() if v},
     )

@@ -34,8 +34,6 @@ DEFAULT_NETWORK = "unet"
 """Unless another is asked for."""
 ENOUGH_STEPS = {"narrow": 0, "wide": 20_000}
 """Steps that a width must get within the budget to be worth its price."""
-ENOUGH_PASSES = 10
-"""How often every training voxel should be seen; below it the spacing is made coarser."""
 SIDES = {"left", "right", "l", "r", "lh", "rh"}
 """Words in the names of labels that tell the sides of the body apart."""
 MIRROR_SECONDS = 30.0
@@ -80,6 +78,7 @@ def draft(
     *,
     device: str,
     coarser: float = 1.0,
+    because: str = "asked for",
     dimensions: Literal[2, 3] | None = None,
 ) -> Draft:
     """Decide what follows from the data alone.
@@ -87,14 +86,14 @@ def draft(
     Parameters
     ----------
     device : "cpu" or "cuda", for the size of patch and batch.
-    coarser : factor on the spacing, when the budget cannot cover the data at their own.
+    coarser : factor on the spacing (see planning.coarsening), and `because`: why, in words.
     dimensions : forces a 2-D or a 3-D plan.
     """
     shape, spacing = fingerprint.median_shape, fingerprint.median_spacing
     dims, why_dims = (dimensions, "asked for") if dimensions else _dimensions(spec, shape)
     axes, why_axes = _slice_last(shape, spacing, dims)
     orientation = "".join("RAS"[a] for a in axes)
-    target, why_spacing = _target_spacing(spec, fingerprint, coarser)
+    target, why_spacing = _target_spacing(spec, fingerprint, coarser, because)
     target = (target[axes[0]], target[axes[1]], target[axes[2]])
     size = [max(1.0, shape[a] * spacing[a] / t) for a, t in zip(axes, target, strict=True)]
     limit = PATCH_VOXELS[(device, dims)]
@@ -143,7 +142,7 @@ def _slice_last(shape: Triple, spacing: Spacing, dimensions: int) -> tuple[tuple
     return (first, second, slices), why
 
 
-def _target_spacing(spec: Spec, fingerprint: Fingerprint, coarser: float) -> tuple[Spacing, str]:
+def _target_spacing(spec: Spec, fingerprint: Fingerprint, coarser: float, because: str) -> tuple[Spacing, str]:
     if spec.spacing is not None:
         return spec.spacing, "Set in the dataset spec."
     spacing = list(fingerprint.median_spacing)
@@ -155,7 +154,7 @@ def _target_spacing(spec: Spec, fingerprint: Fingerprint, coarser: float) -> tup
         why += f"; axis {'RAS'[worst]} is far coarser, so its finer cases (10th percentile) are kept"
     if coarser > 1:
         spacing = [max(s, min(spacing) * coarser) for s in spacing]
-        why += f", made {coarser:.3g} times coarser because the budget cannot cover the voxels at full resolution"
+        why += f", made {coarser:.3g} times coarser: {because}"
     return (tidy(spacing[0]), tidy(spacing[1]), tidy(spacing[2])), why + "."
 
 
@@ -206,11 +205,12 @@ def _stages(patch: list[int], spacing: Spacing, dimensions: int) -> tuple[list[t
     return strides, kernels
 
 
-def needed_coarseness(sketch: Draft, step_seconds: float, budget_seconds: float) -> float:
-    """Return the factor on the spacing at which the budget sees every voxel ENOUGH_PASSES times, 1 to 4."""
-    seen = budget_seconds / step_seconds * sketch.batch_size * math.prod(sketch.patch_size)
-    axes = sketch.dimensions
-    return float(min(4.0, max(1.0, (ENOUGH_PASSES * sketch.voxels / seen) ** (1 / axes))))
+def worth_measuring(width: str, step_seconds: float, training_seconds: float | None) -> bool:
+    """Tell whether a width could be chosen: by steps only the narrowest is, by time one that gets ENOUGH_STEPS.
+
+    `step_seconds` is that of a narrower one, which is no slower.
+    """
+    return training_seconds is not None and training_seconds / step_seconds >= ENOUGH_STEPS[width]
 
 
 def decide(

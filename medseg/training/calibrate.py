@@ -1,9 +1,14 @@
-"""Step times measured on this machine, from which the planner chooses."""
+"""Step times measured on this machine, from which the planner chooses.
+
+A measurement is short, and other work on the machine must not change a plan: each candidate makes a few steps, of
+which the fastest counts, and where the processor was shared, the time that this process got of it counts instead of
+the wall's. What was measured is kept (see step_times).
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -11,39 +16,77 @@ from medseg.device import autocast, device_name, precisions
 from medseg.losses import LOSSES, deep_supervision
 from medseg.networks import build_network, planned_options
 from medseg.planning.plan import Measured, NetworkPlan
-from medseg.planning.planner import DEFAULT_NETWORK, Draft
+from medseg.planning.planner import DEFAULT_NETWORK, Draft, worth_measuring
 from medseg.spec import Spec
 from medseg.targets import channel_names, exclusive
+from medseg.training.memory import freed, is_out_of_memory
+from medseg.training.step_times import keep, recall
 
-REPEATS = 3
+REPEATS = 4
+"""Steps that are timed, after one of warming up."""
+USUAL_SHARE = 0.9
+"""On a machine without other work, the thread that leads a step has the processor for at least this of its time."""
 
 
 def measure(
-    spec: Spec, sketch: Draft, device: torch.device, *, longest: float, network: str = DEFAULT_NETWORK
+    spec: Spec,
+    sketch: Draft,
+    device: torch.device,
+    *,
+    longest: float,
+    network: str = DEFAULT_NETWORK,
+    training_seconds: float | None = None,
 ) -> Measured:
-    """Time training steps of the candidate widths on noise, the cheapest first.
+    """Time training steps of the candidate widths on noise, the cheapest first, or recall their times.
 
     Parameters
     ----------
     longest : seconds that may be spent; wider candidates are left out once it is used up.
     network : name in the table of networks.
+    training_seconds : what the loop will have; widths that could not get enough steps in it are left out.
+
+    Returns
+    -------
+    Measured, without a row for candidates that the memory does not hold; perhaps without any.
     """
     began = time.monotonic()
     rows: dict[str, float] = {}
     for width in sketch.widths:
+        if rows and not worth_measuring(width, min(rows.values()), training_seconds):
+            continue
         candidate = as_network(network, sketch.network(width))
         for precision in precisions(device):
-            if rows and time.monotonic() - began > longest:
-                break
-            try:
-                rows[f"{width} {precision}"] = round(_step_seconds(spec, sketch, candidate, precision, device), 5)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            step = _step(spec, sketch, candidate, precision)
+            seconds = recall(device, step)
+            if seconds is None:
+                if rows and time.monotonic() - began > longest:
+                    break
+                try:
+                    seconds = round(_step_seconds(spec, sketch, candidate, precision, device), 5)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    freed(device)
+                    continue
+                keep(device, step, seconds)
+            rows[f"{width} {precision}"] = seconds
     return Measured(device=device_name(device), threads=torch.get_num_threads(), step_seconds=rows)
 
 
+def _step(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str) -> dict[str, Any]:
+    """Return what a step computes: numbers and words of the table of networks only."""
+    return {
+        "network": plan.model_dump(mode="json"),
+        "patch": list(sketch.patch_size),
+        "batch": sketch.batch_size,
+        "channels": len(spec.channels),
+        "classes": [len(channel_names(spec)), exclusive(spec)],
+        "precision": precision,
+    }
+
+
 def _step_seconds(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, device: torch.device) -> float:
-    """Return the median seconds of forward, loss, backward and update, after one step of warming up."""
+    """Return the seconds of forward, loss, backward and update, undisturbed: the least of a few steps."""
     network = make_candidate(spec, sketch, plan).to(device)
     layout = torch.channels_last_3d if sketch.dimensions == 3 else torch.channels_last
     network = network.to(memory_format=layout)  # type: ignore[call-overload]
@@ -55,7 +98,7 @@ def _step_seconds(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, 
     optimizer = torch.optim.AdamW(network.parameters())
     seconds = []
     for _ in range(REPEATS + 1):
-        began = time.monotonic()
+        began, worked = time.monotonic(), time.thread_time()
         with autocast(device.type, precision):
             levels = network.forward_levels(images.contiguous(memory_format=layout))
         loss = deep_supervision(LOSSES["dice_ce"], levels, target, valid, exclusive(spec))
@@ -63,8 +106,20 @@ def _step_seconds(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, 
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         float(loss.detach())
-        seconds.append(time.monotonic() - began)
-    return statistics.median(seconds[1:])
+        seconds.append(undisturbed(time.monotonic() - began, time.thread_time() - worked, device))
+    return min(seconds[1:])
+
+
+def undisturbed(wall: float, worked: float, device: torch.device) -> float:
+    """Return what a step takes where nothing else runs.
+
+    Parameters
+    ----------
+    wall : seconds that passed.
+    worked : seconds of them in which the leading thread had the processor. On a processor it leads every operation, so
+        that it has nearly all of them on a quiet machine, whatever the number of threads; on a GPU it waits.
+    """
+    return wall if device.type != "cpu" else min(wall, worked / USUAL_SHARE)
 
 
 def as_network(name: str, planned: NetworkPlan) -> NetworkPlan:

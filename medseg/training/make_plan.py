@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from medseg.errors import PlanError
+from medseg.planning.coarsening import coarsening
 from medseg.planning.fingerprint import Fingerprint
-from medseg.planning.plan import Plan, override
-from medseg.planning.planner import DEFAULT_NETWORK, decide, draft, needed_coarseness
-from medseg.spec import Dataset
+from medseg.planning.plan import Measured, Plan, override
+from medseg.planning.planner import DEFAULT_NETWORK, Draft, decide, draft
+from medseg.spec import Dataset, Spec
 from medseg.training.calibrate import as_network, measure
 from medseg.training.request import Request
 
@@ -32,13 +34,19 @@ def make_plan(
     network = request.network or named or DEFAULT_NETWORK
     forced: Any = None if dimensions is None else int(dimensions)
     sketch = draft(spec, fingerprint, device=device.type, dimensions=forced)
-    longest = max(5.0, CALIBRATION_SHARE * request.budget) if request.budget else 20.0
-    measured = measure(spec, sketch, device, longest=longest, network=network)
-    if learning is not None:
-        factor = needed_coarseness(sketch, min(measured.step_seconds.values()), learning)
-        if factor > 1.05:
-            sketch = draft(spec, fingerprint, device=device.type, coarser=factor, dimensions=forced)
-            measured = measure(spec, sketch, device, longest=longest, network=network)
+    measuring = _Measuring(spec, device, network, request.budget, learning)
+    sketch, measured = measuring(sketch)
+    choice = coarsening(spec, fingerprint, sketch, min(measured.step_seconds.values()), learning)
+    if choice.factor > 1:
+        coarse = draft(
+            spec,
+            fingerprint,
+            device=device.type,
+            coarser=choice.factor,
+            because=choice.reason,
+            dimensions=forced,
+        )
+        sketch, measured = measuring(coarse)
     steps = request.steps
     if steps is None and request.epochs is not None:
         steps = max(1, request.epochs * fingerprint.cases // sketch.batch_size)
@@ -52,8 +60,44 @@ def make_plan(
         steps=steps,
         seed=request.seed,
     )
+    if choice.factor == 1:
+        reasons["spacing"] += f" Not coarser: {choice.reason}."
     plan = plan.model_copy(update={"network": as_network(network, plan.network)})
     return override(plan, settings), reasons
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """Measures a draft, with as many patches a step as the memory holds."""
+
+    spec: Spec
+    device: torch.device
+    network: str
+    budget: float | None
+    learning: float | None
+
+    def __call__(self, sketch: Draft) -> tuple[Draft, Measured]:
+        longest = max(3.0, CALIBRATION_SHARE * self.budget) if self.budget else 20.0
+        while True:
+            measured = measure(
+                self.spec,
+                sketch,
+                self.device,
+                longest=longest,
+                network=self.network,
+                training_seconds=self.learning,
+            )
+            if measured.step_seconds:
+                return sketch, measured
+            if sketch.batch_size == 1:
+                raise PlanError(
+                    f"out of memory: this machine has none left for one patch of {sketch.patch_size} voxels and the "
+                    "smallest network; end other programs, or give a plan with a smaller patch_size (--plan)",
+                    code="OUT_OF_MEMORY",
+                )
+            half = sketch.batch_size // 2
+            why = f"{sketch.reasons['batch_size']} Of {sketch.batch_size} the memory holds only {half}."
+            sketch = replace(sketch, batch_size=half, reasons={**sketch.reasons, "batch_size": why})
 
 
 def _forced(settings: tuple[str, ...], key: str) -> tuple[str | None, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from medseg.errors import SpecError
-from medseg.planning.fingerprint import SAMPLES_PER_CASE, CaseFacts, Fingerprint, survey, take_fingerprint, tidy
+from medseg.planning.fingerprint import SAMPLES_PER_CASE, CaseFacts, Fingerprint, survey, take_fingerprint, thickness, tidy
 from medseg.planning.fingerprint import _sample as sample
 from medseg.spec import Case, Spec
 
@@ -120,6 +120,35 @@ def test_samples_are_spread_over_all_of_the_foreground(count: int) -> None:
 
 def test_without_foreground_all_voxels_are_sampled() -> None:
     assert sample(np.array([3.0, 4.0]), np.zeros(2, bool)) == [3, 4]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_thickness_of_a_sheet_is_its_own(axis: int) -> None:
+    mask = np.zeros((60, 60, 60), np.uint8)
+    np.moveaxis(mask, axis, 0)[20:24] = 3
+    spacing = (0.5, 1.0, 2.0)
+    found = thickness(mask, spacing, {"sheet": 3, "absent": 5}, {"sheet": int((mask == 3).sum()), "absent": 0})
+    assert list(found) == ["sheet"]
+    assert found["sheet"] == pytest.approx(4 * spacing[axis], rel=0.35), "less by the sheet's own edges only"
+    assert found["sheet"] <= 4 * spacing[axis]
+
+
+def test_the_thickness_of_blocks_by_hand() -> None:
+    mask = np.zeros((9, 9, 9), np.uint8)
+    mask[2:5, 2:5, 2:5], mask[5:7, 2:4, 2:4] = 1, 2  # they touch each other
+    mask[8, 8, 8] = 7  # in the corner of the image
+    labels = {"a": 1, "b": 2, "c": 7}
+    found = thickness(mask, (1, 1, 1), labels, {"a": 27, "b": 8, "c": 1})
+    assert found == {"a": 1.0, "b": pytest.approx(2 * 8 / 24, rel=1e-5), "c": pytest.approx(2 / 6, rel=1e-5)}
+    flat = thickness(mask[:, :, 2:3], (1, 1, 1), labels, {"a": 9, "b": 4, "c": 0})
+    assert flat == {"a": pytest.approx(18 / 12), "b": pytest.approx(8 / 8)}, "a single slice has no faces in front"
+
+
+def test_a_fingerprint_from_before_keeps_its_content(spec: Spec, cases: tuple[Case, ...]) -> None:
+    whole = take_fingerprint(spec, cases).model_dump(mode="json")
+    assert set(whole["label_thickness"]) == {"one", "two"}
+    old = {key: value for key, value in whole.items() if key != "label_thickness"}
+    assert Fingerprint.model_validate(old).model_dump(mode="json") == old
 
 
 def test_tidy_numbers() -> None:

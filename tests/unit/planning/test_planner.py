@@ -14,7 +14,6 @@ from medseg.errors import PlanError
 from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.plan import Measured, Plan
 from medseg.planning.planner import (
-    ENOUGH_PASSES,
     ENOUGH_STEPS,
     MAX_STAGES,
     PATCH_VOXELS,
@@ -22,7 +21,7 @@ from medseg.planning.planner import (
     Draft,
     decide,
     draft,
-    needed_coarseness,
+    worth_measuring,
 )
 from medseg.spec import Spec
 
@@ -197,20 +196,17 @@ def test_coarser_only_ever_makes_voxels_larger(
 ) -> None:
     fingerprint = make_fingerprint((200, 200, 200), spacing)
     fine = draft(make_spec(), fingerprint, device="cpu")
-    rough = draft(make_spec(), fingerprint, device="cpu", coarser=coarser)
+    rough = draft(make_spec(), fingerprint, device="cpu", coarser=coarser, because="the budget is small")
     assert all(b >= a for a, b in zip(fine.spacing, rough.spacing, strict=True))
     assert rough.voxels <= fine.voxels * (1 + 1e-9)
     assert ("budget" in rough.reasons["spacing"]) == (coarser > 1)
 
 
-def test_coarseness_is_what_the_budget_asks_for(make_spec: Make, make_fingerprint: Make) -> None:
-    sketch = draft(make_spec(), make_fingerprint((100, 100, 100), cases=10), device="cpu")
-    voxels_a_second = sketch.batch_size * math.prod(sketch.patch_size)
-    enough = ENOUGH_PASSES * sketch.voxels / voxels_a_second
-    assert needed_coarseness(sketch, 1.0, enough) == pytest.approx(1)
-    assert needed_coarseness(sketch, 1.0, enough * 10) == 1
-    assert needed_coarseness(sketch, 1.0, enough / 8) == pytest.approx(2)
-    assert needed_coarseness(sketch, 1.0, enough / 1e6) == 4
+def test_only_widths_that_could_be_chosen_are_worth_measuring() -> None:
+    wide = list(WIDTHS)[1]
+    assert not worth_measuring(wide, 0.1, None), "by steps the narrowest is taken"
+    assert not worth_measuring(wide, 0.1, 0.1 * ENOUGH_STEPS[wide] - 1)
+    assert worth_measuring(wide, 0.1, 0.1 * ENOUGH_STEPS[wide])
 
 
 def test_channels_are_normalised_by_their_kind(make_spec: Make, make_fingerprint: Make) -> None:
