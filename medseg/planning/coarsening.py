@@ -62,9 +62,7 @@ def coarsening(
     detail = thin / MIN_THICKNESS / min(sketch.spacing)
     factor = min((ENOUGH_PASSES / passes) ** (1 / 3), largest / field, detail, MAX_FACTOR)
     if factor <= WORTH:
-        return Coarsening(
-            1.0, f"{few}, but coarser voxels would lose the thinnest label (about {thin:.3g} mm across)"
-        )
+        return Coarsening(1.0, f"{few}, but coarser voxels would lose the thinnest label (about {thin:.3g} mm across)")
     return Coarsening(
         factor,
         f"{few}, and a patch of about {field:.3g} mm would see a part of the largest label ({largest:.3g} mm) only; "

@@ -1,4 +1,4 @@
-"""Coarser voxels: for large things in volumes under small budgets, never for pictures and never at the cost of detail."""
+"""Coarser voxels: for large things in volumes under small budgets, never for pictures, never at the cost of detail."""
 
 from __future__ import annotations
 

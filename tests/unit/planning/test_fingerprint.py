@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from medseg.errors import SpecError
-from medseg.planning.fingerprint import SAMPLES_PER_CASE, CaseFacts, Fingerprint, survey, take_fingerprint, thickness, tidy
+from medseg.planning.fingerprint import (
+    SAMPLES_PER_CASE,
+    CaseFacts,
+    Fingerprint,
+    survey,
+    take_fingerprint,
+    thickness,
+    tidy,
+)
 from medseg.planning.fingerprint import _sample as sample
 from medseg.spec import Case, Spec
 

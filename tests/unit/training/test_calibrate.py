@@ -65,9 +65,7 @@ def test_times_are_recalled_and_need_no_time(spec: Spec, sketch: Draft, monkeypa
 
 
 @pytest.mark.parametrize("change", ["patch", "batch", "threads"])
-def test_another_step_is_measured_anew(
-    spec: Spec, sketch: Draft, change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_step_is_measured_anew(spec: Spec, sketch: Draft, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measure(spec, sketch, CPU, longest=60)
     asked: list[str] = []
     monkeypatch.setattr(calibrate, "_step_seconds", lambda *args: asked.append(args[3]) or 1.0)
@@ -78,9 +76,7 @@ def test_another_step_is_measured_anew(
     assert asked == ["fp32", "bf16"]
 
 
-def test_the_time_of_other_programs_does_not_count(
-    spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_of_other_programs_does_not_count(spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calibrate.undisturbed(1.0, 0.97, CPU) == 1.0, "what a quiet machine shows is the wall time"
     assert calibrate.undisturbed(8.0, 0.9, CPU) == pytest.approx(1.0)
     assert calibrate.undisturbed(8.0, 0.9, torch.device("cuda")) == 8.0, "a processor waits for its GPU"

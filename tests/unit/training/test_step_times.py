@@ -98,6 +98,7 @@ def test_the_place_follows_the_platform(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cache_folder() == tmp_path / "xdg" / "medseg"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    for platform, parts in {"linux": (".cache",), "darwin": ("Library", "Caches"), "win32": ("AppData", "Local")}.items():
+    places = {"linux": (".cache",), "darwin": ("Library", "Caches"), "win32": ("AppData", "Local")}
+    for platform, parts in places.items():
         monkeypatch.setattr(sys, "platform", platform)
         assert cache_folder() == tmp_path.joinpath(*parts, "medseg")
