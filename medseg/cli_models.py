@@ -1,4 +1,4 @@
-"""``medseg models``: the model registry on the command line."""
+"""``medseg models``: choose among models, and the model registry, on the command line."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from medseg.cli_options import Json, Store, as_json, say
+from medseg.cli_options import Dataset, Json, Splits, Store, as_json, say
+from medseg.cli_output import display
 
-models = typer.Typer(help="The model registry.", no_args_is_help=True, rich_markup_mode=None)
+models = typer.Typer(help="Choose among models; the model registry.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @models.command("list")
@@ -52,6 +53,27 @@ def import_model(
     info = api.import_model(folder, out=out, folds=fold or (), precision=precision)
     say(f"{out}: {info.name}, {len(info.spec.channels)} channel(s), {len(info.spec.foreground)} label(s)")
     say(f"{len(info.weights)} fold(s), trained by {info.training['trainer']} ({info.training['configuration']})")
+
+
+@models.command("select")
+def select_models(
+    dataset: Dataset,
+    runs: Annotated[list[Path], typer.Argument(help="2 to 5 finished runs of the same data, --folds and --seed.")],
+    out: Annotated[Path, typer.Option(help="Folder for the chosen model and the tables.")],
+    splits: Splits = None,
+    json: Json = False,
+) -> None:
+    """Choose the best of several runs, or of their ensembles, by out-of-fold Dice (docs/how-to/choose-models.md).
+
+    Example: medseg models select data runs/flat runs/deep --out runs/best
+    """
+    from medseg.training.select import select_model
+
+    found = select_model(dataset, runs, out=out, splits=splits, display=display(json))
+    if json:
+        typer.echo((out / "7_report" / "selection.json").read_text(encoding="utf-8"), nl=False)
+        return
+    say(f"model: {found.model}")
 
 
 @models.command()

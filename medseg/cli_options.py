@@ -52,9 +52,9 @@ Allow = Annotated[
         "slices); several by commas."
     ),
 ]
-Channels = Annotated[
-    Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")
-]
+Channels = Annotated[Path | None, typer.Option(help="YAML with `match` rules that find the channels in DICOM studies.")]
+
+
 def _show_status(out: Path | None) -> None:
     if out is not None:
         from medseg.batch.status import describe, status

@@ -22,7 +22,7 @@ from medseg.planning.plan import Measured
 from medseg.training import make_plan as planning
 
 VERBS = ["demo", "check", "plan", "train", "predict", "evaluate", "report", "retrain", "info"]
-MODELS = ["models list", "models promote", "models rollback", "models import"]
+MODELS = ["models list", "models promote", "models rollback", "models import", "models select"]
 Builder = Callable[..., Path]
 
 
