@@ -121,6 +121,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
     seed: int = 0,
     plan: PathLike | None = None,
     replay: PathLike | None = None,
+    deterministic: bool = False,
     track: PathLike | None = None,
     model_name: str | None = None,
     began: float | None = None,
@@ -136,7 +137,8 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
     settings : "KEY=VALUE" changes of the plan.
     splits : file with lists `train` and `test` of case ids.
     plan : a plan.yaml to follow instead of making one.
-    replay : a finished run whose steps are repeated one by one.
+    replay : a finished run whose steps are repeated one by one; the result tells whether its weights came out again.
+    deterministic : the same call gives the same bits, see docs/how-to/reproduce.md.
     track : folder of the MLflow store (see medseg.tracking); None tracks nothing.
     began : time.monotonic() from which the budget counts; now unless told.
 
@@ -164,6 +166,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
         seed=seed,
         plan=_path(plan),
         replay=_path(replay),
+        deterministic=deterministic,
     )
     return run(
         Path(dataset),

@@ -158,7 +158,8 @@ def train(  # noqa: PLR0913 - one parameter an option
     splits: Splits = None,
     seed: Seed = 0,
     plan: Annotated[Path | None, typer.Option(help="Plan to follow instead of making one.")] = None,
-    replay: Annotated[Path | None, typer.Option(help="Finished run to repeat step by step.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Finished run to repeat; exit 1 if it differs.")] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Same seed, same bits.")] = False,
     track: Store = Path(),
     no_track: NoTrack = False,
     name: Annotated[str | None, typer.Option(help="Name in the model registry (default: the dataset's).")] = None,
@@ -168,7 +169,7 @@ def train(  # noqa: PLR0913 - one parameter an option
     Example: medseg train data_specs/hippocampus.yaml --budget 10m --out runs/hippocampus
     """
     from medseg import api
-    from medseg.training.run import process_start
+    from medseg.duration import process_start
 
     result = api.train(
         dataset,
@@ -184,6 +185,7 @@ def train(  # noqa: PLR0913 - one parameter an option
         seed=seed,
         plan=plan,
         replay=replay,
+        deterministic=deterministic,
         track=None if no_track else track,
         model_name=name,
         began=process_start(),
@@ -192,6 +194,8 @@ def train(  # noqa: PLR0913 - one parameter an option
     dice = ", ".join(f"{label} {value:.3f}" for label, value in result.dice.items())
     say(f"{result.steps} steps in {result.seconds:.0f} s; validation Dice: {dice}")
     say(f"Model: {result.model}")
+    if result.identical is False:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+
+from medseg.errors import TrainingError
 
 
 def best_device(slot: int = 0) -> torch.device:
@@ -68,3 +74,71 @@ class Stopwatch:
         if self._events:
             return float(self._events[0].elapsed_time(self._events[1])) / 1000
         return self._ended - self._began
+
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def repeatable(on: bool, *, threads: int | None = None) -> Iterator[None]:
+    """Let torch compute only what comes out the same every time while the block runs, if `on`.
+
+    Parameters
+    ----------
+    threads : the number that torch uses on the processor in the block, on or not; on it depend the last bits of sums.
+
+    Raises
+    ------
+    TrainingError : NOT_REPEATABLE, an operation has no such implementation on this device.
+    """
+    cudnn = torch.backends.cudnn
+    was_on, benchmarked, was_deterministic = (
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.benchmark,
+        cudnn.deterministic,
+    )
+    before, workspace = torch.get_num_threads(), os.environ.get(CUBLAS)
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if on:
+            os.environ.setdefault(CUBLAS, ":4096:8")  # asked for by torch; read when cuBLAS is first used
+            torch.use_deterministic_algorithms(True)
+            cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    except RuntimeError as error:
+        if on and "deterministic" in str(error):
+            first = str(error).split(". ")[0]
+            raise TrainingError(
+                f"--deterministic: {first}; leave the option out, or choose another --network or --set loss=",
+                code="NOT_REPEATABLE",
+            ) from error
+        raise
+    finally:
+        torch.use_deterministic_algorithms(was_on)
+        cudnn.benchmark, cudnn.deterministic = benchmarked, was_deterministic
+        torch.set_num_threads(before)
+        if workspace is None:
+            os.environ.pop(CUBLAS, None)
+
+
+def hardware(device: torch.device) -> dict[str, str | int | None]:
+    """Return what of the machine the bits of a training depend on; nothing that names it."""
+    cudnn: Any = torch.backends.cudnn
+    return {
+        "device": device_name(device),
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cudnn": cudnn.version() if device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """Return the name of the processor's model."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

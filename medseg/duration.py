@@ -1,9 +1,11 @@
-"""Durations as people write them."""
+"""Durations as people write them, and how old this process is."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
+import time
 
 from medseg.errors import ConfigError
 from medseg.registry import did_you_mean
@@ -29,3 +31,11 @@ def seconds(text: str) -> float:
     if not 0 < total < math.inf:
         raise ConfigError(f"{text!r}: a duration must be longer than nothing and have an end")
     return total
+
+
+def process_start() -> float:
+    """Return the time.monotonic() at which this process began."""
+    import psutil
+
+    age = time.time() - psutil.Process(os.getpid()).create_time()
+    return time.monotonic() - max(0.0, float(age))

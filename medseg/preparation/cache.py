@@ -69,6 +69,11 @@ class CaseCache(Transform):
         except (OSError, ValueError):
             return False
 
+    def content(self, case: Case) -> str:
+        """Return the digest of the prepared arrays of a case that is open."""
+        place = Path(self._open[case.id]["image"].filename).parent
+        return digest(json.loads((place / "meta.json").read_text(encoding="utf-8"))["files"])
+
     def _store(self, data: Mapping[str, Any]) -> Path:
         place = self.place(data["case"])
         shutil.rmtree(place, ignore_errors=True)

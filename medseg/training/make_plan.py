@@ -13,6 +13,7 @@ from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.plan import Measured, Plan, override
 from medseg.planning.planner import DEFAULT_NETWORK, Draft, decide, draft
 from medseg.spec import Dataset, Spec
+from medseg.training.assume import REASONS, assumed
 from medseg.training.calibrate import as_network, measure
 from medseg.training.request import Request
 
@@ -34,7 +35,7 @@ def make_plan(
     network = request.network or named or DEFAULT_NETWORK
     forced: Any = None if dimensions is None else int(dimensions)
     sketch = draft(spec, fingerprint, device=device.type, dimensions=forced)
-    measuring = _Measuring(spec, device, network, request.budget, learning)
+    measuring = _Measuring(spec, device, network, request.budget, learning, assume=request.deterministic)
     sketch, measured = measuring(sketch)
     choice = coarsening(spec, fingerprint, sketch, min(measured.step_seconds.values()), learning)
     if choice.factor > 1:
@@ -63,20 +64,23 @@ def make_plan(
     if choice.factor == 1:
         reasons["spacing"] += f" Not coarser: {choice.reason}."
     plan = plan.model_copy(update={"network": as_network(network, plan.network)})
-    return override(plan, settings), reasons
+    return override(plan, settings), reasons | (REASONS if request.deterministic else {})
 
 
 @dataclass(frozen=True)
 class _Measuring:
-    """Measures a draft, with as many patches a step as the memory holds."""
+    """Measures a draft, with as many patches a step as the memory holds; `assume`: takes its times as given."""
 
     spec: Spec
     device: torch.device
     network: str
     budget: float | None
     learning: float | None
+    assume: bool
 
     def __call__(self, sketch: Draft) -> tuple[Draft, Measured]:
+        if self.assume:
+            return sketch, assumed(sketch, self.device)
         longest = max(3.0, CALIBRATION_SHARE * self.budget) if self.budget else 20.0
         while True:
             measured = measure(

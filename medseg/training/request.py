@@ -25,10 +25,11 @@ class Request:
     seed: int = 0
     plan: Path | None = None
     replay: Path | None = None
+    deterministic: bool = False
 
 
 def complete(request: Request) -> Request:
-    """Return a replay with the folds of the run that it repeats; any other request as it is.
+    """Return a replay with the folds of the run that it repeats, deterministic if that was; others as they are.
 
     Raises
     ------
@@ -40,7 +41,8 @@ def complete(request: Request) -> Request:
     if not file.exists():
         raise TrainingError(f"--replay {request.replay}: this is no run of medseg train")
     told = read_json(file)
-    return replace(request, folds=told["folds"], fold=told["fold"])
+    deterministic = request.deterministic or bool(told.get("deterministic"))
+    return replace(request, folds=told["folds"], fold=told["fold"], deterministic=deterministic)
 
 
 def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
@@ -55,11 +57,13 @@ def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
     """
     if request.replay and read_json(request.replay / "1_dataset.json").get("digest") != manifest["digest"]:
         raise TrainingError(f"--replay {request.replay}: that run learnt from other data", code="RUN_DIFFERS")
-    asked = json.loads(json.dumps(request.__dict__, default=_content))
+    asked = _as_json(request)
     begun = (out / "3_plan.yaml").exists()
     for name, value, what in (("1_dataset.json", manifest, "data"), ("request.json", asked, "options")):
         file = out / name
         before = read_json(file) if file.exists() else None
+        if what == "options" and before is not None:
+            before = {**_as_json(Request()), **before}  # a run from before there was an option did without it
         same = before == value
         if begun and before is not None and not same:
             raise TrainingError(
@@ -71,6 +75,10 @@ def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
             if what == "data" and before is not None:
                 (out / "2_fingerprint.json").unlink(missing_ok=True)
             write_json(file, value)
+
+
+def _as_json(request: Request) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(request.__dict__, default=_content)))
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:

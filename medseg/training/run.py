@@ -9,7 +9,6 @@ Each stage is skipped when its artefact is there, so that the same command goes 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import time
@@ -21,7 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from medseg.bundle import MODEL_FILE, Bundle, make_network, open_bundle
-from medseg.device import best_device
+from medseg.device import best_device, repeatable
 from medseg.display import Display, clock
 from medseg.errors import ConfigError, PlanError, TrainingError
 from medseg.files import sweep, write_json
@@ -38,6 +37,8 @@ from medseg.training.folds import Fold, make_folds, refuse_leaks
 from medseg.training.loop import Job, fit
 from medseg.training.make_plan import make_plan
 from medseg.training.manifest import learning_cases, make_manifest
+from medseg.training.record import MANIFEST, complete_manifest, note_environment, recorded_threads
+from medseg.training.replay import compared, record_of, told, warning
 from medseg.training.request import Request, complete, open_run, read_json
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Followed, Schedule
 from medseg.training.state import LoopState, job_digest, load_state
@@ -58,6 +59,7 @@ class TrainResult:
     dice : label -> mean validation Dice of the final networks, on the source grids.
     steps : steps done, over all folds.
     seconds : wall time of the command.
+    identical : of a replay: whether its weights are those of the run that it repeats, to the bit.
     """
 
     run: Path
@@ -65,6 +67,7 @@ class TrainResult:
     dice: dict[str, float]
     steps: int
     seconds: float
+    identical: bool | None = None
 
 
 def train(
@@ -93,7 +96,8 @@ def train(
     ConfigError : the model name is not one that the registry takes.
     SpecError, TrainingError, PlanError : the data, the request or the run folder do not fit; the message says what.
     """
-    with joined() as place:
+    request = complete(request)
+    with joined() as place, repeatable(request.deterministic, threads=recorded_threads(out, request)):
         if place.rank:
             return _follow(dataset_path, out=out, request=request, splits=splits)
         return _lead(
@@ -125,7 +129,6 @@ def _lead(
     dataset = load_dataset(dataset_path, splits=splits)
     refuse_leaks(dataset.cases)
     cases = learning_cases(dataset)
-    request = complete(request)
     with display:
         if left_out := len(dataset.select("train")) - len(cases):
             display.say(f"{left_out} training case(s) have no mask and are left out")
@@ -138,6 +141,7 @@ def _lead(
         sweep(out)
         shutil.rmtree(out / "6_model", ignore_errors=True)
         work = _Work(dataset, cases, out, request, manifest["digest"], began, display, best_device())
+        work.note_environment()
         fingerprint = work.fingerprint()
         plan = work.plan(fingerprint)
         with start(
@@ -153,7 +157,12 @@ def _lead(
             _call_others(to_work=True)
             states = work.fit_all(jobs, tracker)
             name, hurry = model_name or dataset.spec.name, request.budget is not None
-            finish_run(out, jobs, states, manifest["digest"], tracker, name, display, hurry=hurry)
+            bundle = finish_run(out, jobs, states, manifest["digest"], tracker, name, display, hurry=hurry)
+            replay = None if request.replay is None else compared(request.replay, jobs, states)
+            complete_manifest(out, manifest, request, jobs, states, bundle.info, replay=replay)
+            tracker.artifact(out / MANIFEST)
+            if replay is not None:
+                display.say(told(replay))
         steps = sum(state.step for state in states)
         write_json(out / "done.json", {"steps": steps})
         _call_others(to_work=False)
@@ -172,7 +181,7 @@ def _follow(dataset_path: Path, *, out: Path, request: Request, splits: Path | N
         dataset = load_dataset(dataset_path, splits=splits)
         digest = make_manifest(dataset)["digest"]
         cases = learning_cases(dataset)
-        work = _Work(dataset, cases, out, complete(request), digest, began, Display(None), best_device())
+        work = _Work(dataset, cases, out, request, digest, began, Display(None), best_device())
         for job in work.jobs(read_plan(out / "3_plan.yaml")):
             if not job.checkpoint.with_name("finished.json").exists():
                 fit(job, lambda state: Followed())
@@ -196,8 +205,10 @@ def _track_plan(tracker: Tracker, plan: Plan, manifest: dict[str, Any], out: Pat
 
 def _result(out: Path, began: float) -> TrainResult:
     bundle: Bundle = open_bundle(out)
-    told = bundle.info.training
-    return TrainResult(out, bundle.folder, dict(told["dice"]), int(told["steps"]), time.monotonic() - began)
+    facts = bundle.info.training
+    replay = read_json(out / MANIFEST).get("replay", {}) if (out / MANIFEST).exists() else {}
+    seconds = time.monotonic() - began
+    return TrainResult(out, bundle.folder, dict(facts["dice"]), int(facts["steps"]), seconds, replay.get("identical"))
 
 
 @dataclass(frozen=True)
@@ -212,6 +223,14 @@ class _Work:
     began: float
     display: Display
     device: torch.device
+
+    def note_environment(self) -> None:
+        """Note where this run is made, and say what that means for its bits."""
+        note_environment(self.out, self.device, self.request)
+        if self.request.deterministic and self.request.budget is not None:
+            self.display.say("--deterministic: the clock decides the number of steps; --replay repeats them")
+        if self.request.replay is not None and (text := warning(self.request.replay, self.device)):
+            self.display.say(text)
 
     def fingerprint(self) -> Fingerprint:
         """Take the fingerprint, or read the one taken before."""
@@ -341,7 +360,7 @@ def _scheduler(work: _Work, job: Job, scoring: float, left: int, earlier: float)
 
     def choose(state: LoopState) -> Schedule:
         if request.replay is not None:
-            record = _record(request.replay, job)
+            record = record_of(request.replay, job)
             return ByRecord(record.factors, [row["step"] - 1 for row in record.validations])
         if request.budget is None:
             return BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
@@ -358,22 +377,3 @@ def _scheduler(work: _Work, job: Job, scoring: float, left: int, earlier: float)
         )
 
     return choose
-
-
-def _record(run: Path, job: Job) -> LoopState:
-    """Return the final state of the same fold of another run, which must have had the same plan and data."""
-    number = job.checkpoint.parent.parent.name
-    file = run / "5_folds" / number / "checkpoint" / "state.safetensors"
-    if not file.with_name("finished.json").exists():
-        raise TrainingError(
-            f"--replay {run}: fold {number} of that run has not been finished; there is nothing to repeat"
-        )
-    return load_state(file, job=job.digest)
-
-
-def process_start() -> float:
-    """Return the time.monotonic() at which this process began."""
-    import psutil
-
-    age = time.time() - psutil.Process(os.getpid()).create_time()
-    return time.monotonic() - max(0.0, float(age))
