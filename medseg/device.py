@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -99,8 +100,9 @@ def repeatable(on: bool, *, threads: int | None = None) -> Iterator[None]:
     )
     before, workspace = torch.get_num_threads(), os.environ.get(CUBLAS)
     try:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        # Also where it is that already: the call itself changes how MKL chooses its threads.
+        if on or threads not in (None, before):
+            torch.set_num_threads(threads or before)
         if on:
             os.environ.setdefault(CUBLAS, ":4096:8")  # asked for by torch; read when cuBLAS is first used
             torch.use_deterministic_algorithms(True)
@@ -117,7 +119,8 @@ def repeatable(on: bool, *, threads: int | None = None) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was_on)
         cudnn.benchmark, cudnn.deterministic = benchmarked, was_deterministic
-        torch.set_num_threads(before)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
         if workspace is None:
             os.environ.pop(CUBLAS, None)
 
@@ -127,7 +130,7 @@ def hardware(device: torch.device) -> dict[str, str | int | None]:
     cudnn: Any = torch.backends.cudnn
     return {
         "device": device_name(device),
-        "processor": _processor(),
+        "processor": processor_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
@@ -136,9 +139,11 @@ def hardware(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
-def _processor() -> str:
+@cache
+def processor_name() -> str:
     """Return the name of the processor's model."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

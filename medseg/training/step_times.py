@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from medseg.device import device_name
+from medseg.device import device_name, processor_name
 from medseg.errors import MedsegError
 from medseg.files import digest, write_json
 
@@ -42,7 +40,7 @@ def cache_folder() -> Path:
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what a step time depends on, beside the step: words and counts of hardware and software, no name."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -50,15 +48,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
-
-
-@cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def recall(device: torch.device, step: Mapping[str, Any]) -> float | None:

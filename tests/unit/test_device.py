@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 import torch
 
-from medseg.device import autocast, best_device, device_name, precisions
+from medseg.device import Stopwatch, autocast, best_device, device_name, hardware, precisions, repeatable
+from medseg.errors import TrainingError
 
 CPU = torch.device("cpu")
 
@@ -36,3 +40,43 @@ def test_the_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch, th
 
 def test_name_of_the_processor() -> None:
     assert device_name(CPU) == "cpu"
+
+
+def test_repeatable_holds_within_its_block_only() -> None:
+    threads = torch.get_num_threads()
+    with repeatable(True, threads=threads + 1):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == threads + 1
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == threads
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    with repeatable(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_that_does_not_repeat_is_named() -> None:
+    words = "max_pool3d_with_indices_backward_cuda does not have a deterministic implementation, but you set. More."
+    with (
+        pytest.raises(TrainingError, match=r"max_pool3d.* implementation.*leave the option out") as caught,
+        repeatable(True),
+    ):
+        raise RuntimeError(words)
+    assert caught.value.code == "NOT_REPEATABLE"
+    with pytest.raises(RuntimeError, match="something else"), repeatable(True):
+        raise RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="deterministic"), repeatable(False):
+        raise RuntimeError(words)
+
+
+def test_a_stopwatch_on_a_processor() -> None:
+    with Stopwatch(CPU) as watch:
+        pass
+    assert 0 <= watch.seconds() < 60
+
+
+def test_hardware_names_nobody() -> None:
+    facts = hardware(CPU)
+    assert facts["threads"] == torch.get_num_threads()
+    assert socket.gethostname() not in str(facts)
+    assert facts["cuda"] is None
