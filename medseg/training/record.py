@@ -26,7 +26,7 @@ from medseg.training.state import LoopState
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-LIBRARIES = ("scipy", "safetensors", "simpleitk", "einops")
+LIBRARIES = ("scipy", "safetensors", "einops")
 """Beside those that a bundle names, versions that numbers of a training depend on."""
 
 

@@ -43,14 +43,14 @@ def test_name_of_the_processor() -> None:
 
 
 def test_repeatable_holds_within_its_block_only() -> None:
-    threads = torch.get_num_threads()
+    threads, workspace = torch.get_num_threads(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     with repeatable(True, threads=threads + 1):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.get_num_threads() == threads + 1
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.get_num_threads() == threads
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == workspace
     with repeatable(False):
         assert not torch.are_deterministic_algorithms_enabled()
 
