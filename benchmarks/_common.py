@@ -93,8 +93,10 @@ def label_dice(scores: Path) -> dict[str, float]:
     """Return label -> mean Dice of a folder that `medseg evaluate` or a training wrote."""
     from medseg.evaluation.table import load_evaluation
 
-    rows = load_evaluation(scores).summary
-    return {row.label: row.mean for row in rows if row.metric == "dice" and row.mean is not None}
+    evaluation = load_evaluation(scores)
+    names = {target.name for target in evaluation.targets}
+    rows = (row for row in evaluation.summary if row.metric == "dice" and row.label in names)
+    return {row.label: row.mean for row in rows if row.mean is not None}
 
 
 def case_dice(scores: Path) -> dict[str, float]:

@@ -1,58 +1,139 @@
-"""Dice on 40 held-out hippocampus cases after a budget of wall time: the whole command, several seeds.
+"""Dice on 40 held-out hippocampus cases after a budget of wall time: the whole command, several seeds; or five folds.
 
     python benchmarks/hippocampus.py --data ../shared/data/hippocampus --budget 10m --seeds 0 1 2
+    python benchmarks/hippocampus.py --folds 5 --budget 50m      # of the 160, then the 40: does the estimate hold?
+    python benchmarks/hippocampus.py --folds 5 --budget 50m --all                          # of all 200, no test
 
 The 160/40 list (hippocampus_split.json) was chosen once: the sorted case ids shuffled by random.Random(2026), the
 first 40 are for testing. Each seed runs `medseg train`, `predict` and `evaluate` as a user would.
+
+--folds: `medseg train --folds 5`, whose budget is that of all five networks together. The estimate is the mean Dice of
+the out-of-fold predictions, each case by the one network that has not seen it, with the 95 % interval of a bootstrap
+over patients. It is compared with the test cases twice: predicted by the single networks, one after the other and
+averaged (what the estimate is of), and by all five together, as the model of the run predicts (usually a little
+better). The estimate agrees if the mean of the single networks lies within its interval; that leaves out the
+uncertainty of 40 test cases, whose own interval is told, too. The estimate is of the masks before post-processing, the
+test of those after it. Wall and processor seconds are told of each command, of all its processes.
 """
 
 import argparse
-import csv
 import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
-SPLIT = Path(__file__).with_name("hippocampus_split.json")
+from _common import SPLIT, Spent, case_dice, interval, label_dice, machine, medseg, score, test_cases
 
-
-def run(*arguments: str) -> float:
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "medseg", *arguments], check=True)
-    return time.monotonic() - began
+Row = dict[str, Any]
 
 
-def one_seed(data: Path, budget: str, seed: int, work: Path) -> dict[str, float]:
-    folder = work / f"seed_{seed}"
-    common = ("--splits", str(SPLIT))
-    trained = run(
-        "train", str(data), *common, "--budget", budget, "--seed", str(seed), "--out", str(folder / "run"), "--no-track"
-    )
-    predicted = run("predict", str(data), *common, "--model", str(folder / "run"), "--out", str(folder / "masks"))
-    run(
-        "evaluate", "--predictions", str(folder / "masks"), "--reference", str(data), *common,
-        "--out", str(folder / "scores"), "--no-track",
-    )  # fmt: skip
-    with open(folder / "scores" / "summary.csv", encoding="utf-8") as table:
-        dice = {row["label"]: float(row["mean"]) for row in csv.DictReader(table) if row["metric"] == "dice"}
-    model = json.loads((folder / "run" / "6_model" / "model.json").read_text())
-    return {"seed": seed, "train_s": trained, "predict_s": predicted, "steps": model["training"]["steps"], **dice}
+def times(**commands: Spent) -> Row:
+    found: Row = {}
+    for name, spent in commands.items():
+        found |= {f"{name}_s": spent.wall, f"{name}_cpu_s": spent.cpu}
+    return found
+
+
+def train(data: Path, folder: Path, seed: int, budget: str, *more: str | Path) -> tuple[Spent, int]:
+    """Train and return the time and the steps."""
+    words = ("--budget", budget, "--seed", str(seed), "--out", folder / "run", "--no-track")
+    spent = medseg("train", data, *more, *words)
+    model = json.loads((folder / "run" / "6_model" / "model.json").read_text(encoding="utf-8"))
+    return spent, int(model["training"]["steps"])
+
+
+def test(data: Path, folder: Path) -> tuple[Spent, tuple[float, float, float], dict[str, float]]:
+    """Predict and score the 40 cases; returns the time, mean Dice with its interval, and Dice of each label."""
+    words = ("--splits", SPLIT, "--model", folder / "run", "--out", folder / "masks")
+    spent = medseg("predict", data, *words)
+    score(folder / "masks", data, SPLIT, folder / "scores")
+    return spent, interval(case_dice(folder / "scores")), label_dice(folder / "scores")
+
+
+def one_seed(options: argparse.Namespace, seed: int) -> Row:
+    folder, before = options.work / f"seed_{seed}", machine()
+    trained, steps = train(options.data, folder, seed, options.budget, "--splits", SPLIT)
+    predicted, dice, labels = test(options.data, folder)
+    spent = times(train=trained, predict=predicted)
+    return {"seed": seed, **spent, "steps": steps, **rounded(labels), "dice": round(dice[0], 4), "machine": before}
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def shown(dice: tuple[float, float, float]) -> str:
+    return f"{dice[0]:.4f} (95 % interval {dice[1]:.4f} to {dice[2]:.4f})"
+
+
+def cross_validate(options: argparse.Namespace, seed: int) -> Row:
+    """Cross-validate, print the estimate, and compare it with the test cases where there are any."""
+    folder = options.work / f"folds_{options.folds}_{'all' if options.all else 'train'}_{seed}"
+    before = machine()
+    splits = () if options.all else ("--splits", SPLIT)
+    trained, steps = train(options.data, folder, seed, options.budget, "--folds", str(options.folds), *splits)
+    known = case_dice(folder / "run" / "7_report")
+    estimate = interval(known)
+    row = {"seed": seed, "folds": options.folds, "cases": len(known), "steps": steps, **times(train=trained)}
+    row |= {"estimate": [round(value, 4) for value in estimate], "machine": before}
+    print(f"out-of-fold estimate of {len(known)} cases: {shown(estimate)}", flush=True)
+    if options.all:
+        return row
+    predicted, together, _ = test(options.data, folder)
+    single = interval(single_networks(options.data, folder / "run"))
+    print(f"40 test cases, single networks: {shown(single)}; all {options.folds} together: {shown(together)}")
+    agrees = estimate[1] <= single[0] <= estimate[2]
+    print(f"the mean of the single networks lies {'within' if agrees else 'OUTSIDE OF'} the estimate's interval")
+    found = {"single": [round(value, 4) for value in single], "together": [round(value, 4) for value in together]}
+    return {**row, **times(predict=predicted), **found, "agrees": agrees}
+
+
+def single_networks(data: Path, run: Path) -> dict[str, float]:
+    """Return test case -> mean over the networks and labels of the Dice of a network alone."""
+    from medseg.inference.predict import Model, load_model, predict_volume
+    from medseg.spec import load_dataset
+    from medseg.studies import read_study
+
+    model, dataset = load_model(run), load_dataset(data)
+    found: dict[str, float] = {}
+    for case in dataset.cases:
+        if case.id not in test_cases():
+            continue
+        study = read_study(dataset.spec, case)
+        assert study.mask is not None
+        dice = []
+        for network in model.networks:
+            mask = predict_volume(Model(model.bundle, [network], model.device), study.image).array
+            for value in dataset.spec.foreground.values():
+                predicted, reference = mask == value, study.mask.array == value
+                dice.append(2 * float((predicted & reference).sum()) / float(predicted.sum() + reference.sum()))
+        found[case.id] = statistics.mean(dice)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/hippocampus"))
     parser.add_argument("--budget", default="10m")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --folds 0")
+    parser.add_argument("--folds", type=int)
+    parser.add_argument("--all", action="store_true", help="with --folds: learn from all 200 cases, test on none")
     parser.add_argument("--work", type=Path, default=Path("/tmp/medseg-hippocampus"))
     options = parser.parse_args()
-    rows = [one_seed(options.data, options.budget, seed, options.work) for seed in options.seeds]
-    for row in rows:
-        print(json.dumps({k: round(v, 4) for k, v in row.items() if not isinstance(v, str)}))
-    means = [statistics.mean(row[label] for label in ("Anterior", "Posterior")) for row in rows]
-    print(f"mean Dice {statistics.mean(means):.4f}, range {min(means):.4f} to {max(means):.4f}, {len(means)} seeds")
+    if options.all and not options.folds:
+        parser.error("--all is for --folds")
+    rows = []
+    for seed in options.seeds or ([0] if options.folds else [0, 1, 2]):
+        one = (
+            cross_validate(options, seed)
+            if options.folds
+            else one_seed(options.data, options.budget, seed, options.work)
+        )
+        rows.append(one)
+        print(json.dumps(one), flush=True)
+    if not options.folds:
+        means = [row["dice"] for row in rows]
+        print(f"mean Dice {statistics.mean(means):.4f}, range {min(means):.4f} to {max(means):.4f}, {len(means)} seeds")
 
 
 if __name__ == "__main__":

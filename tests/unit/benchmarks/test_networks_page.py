@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,13 +15,8 @@ from medseg.networks import NETWORKS
 
 
 @pytest.fixture(scope="module")
-def script(repository: Path) -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(repository / "benchmarks")
-        module = importlib.import_module("networks")
-        yield module
-        for name in ("networks", "_common"):
-            sys.modules.pop(name, None)
+def script(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("networks")
 
 
 @pytest.fixture(scope="module")
