@@ -23,7 +23,7 @@ from torch import Tensor
 
 from medseg.inference.predict import Model, load_model, predict_logits
 from medseg.inference.sliding_window import window_logits
-from medseg.inference.windows import importance, pad_to_window, window_starts
+from medseg.inference.windows import layout
 from medseg.preparation.path import prediction_path
 from medseg.preparation.preprocess import as_meta_tensor, restore
 from medseg.readers.nifti import read_nifti
@@ -109,11 +109,10 @@ def half_logits(model: Model, image: Volume, mirror: bool) -> Tensor:
 
 
 def half_sum(prepared: Tensor, predict: Any, plan: Any) -> Tensor:
-    padded, place = pad_to_window(prepared, plan.patch_size)
-    flat = plan.patch_size[2] == 1
-    weights = importance(plan.patch_size[:2])[..., None] if flat else importance(plan.patch_size)
-    weights = weights.half()
-    starts = [window_starts(n, w, 1 - plan.overlap) for n, w in zip(padded.shape[1:], plan.patch_size, strict=True)]
+    where = layout(prepared.shape[1:], plan)
+    padded, weights = where.pad(prepared), where.weights.half()
+    starts = (*where.starts[:2], range(padded.shape[3])) if where.flat else where.starts
+    place = tuple(slice(b, b + n) for b, n in zip(where.before, where.shape, strict=True))
     total, seen = None, torch.zeros(padded.shape[1:], dtype=torch.float16)
     for corner in itertools.product(*starts):
         box = tuple(slice(c, c + w) for c, w in zip(corner, plan.patch_size, strict=True))

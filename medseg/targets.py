@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,9 +41,14 @@ def encode(spec: Spec, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(channels, dim=1).float(), valid
 
 
+def label_type(spec: Spec) -> type[np.uint8] | type[np.int32]:
+    """Return the type of a label map: uint8 where the values fit, else int32."""
+    return np.uint8 if max(spec.foreground.values()) < 256 else np.int32
+
+
 def decode(spec: Spec, logits: Tensor) -> Tensor:
     """Map logits (K, *S) to label values (1, *S), uint8 where they fit, else int32."""
-    dtype = torch.uint8 if max(spec.foreground.values()) < 256 else torch.int32
+    dtype = torch.uint8 if label_type(spec) == np.uint8 else torch.int32
     if exclusive(spec):
         table = torch.tensor([0, *spec.foreground.values()], dtype=dtype, device=logits.device)
         return table[logits.argmax(0, keepdim=True)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,11 +14,14 @@ from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
 from medseg.channels import with_rules
 from medseg.device import best_device
 from medseg.errors import BundleError
+from medseg.inference.labels import Key, paint
 from medseg.inference.postprocess import postprocess, require_steps
-from medseg.inference.sliding_window import slide
+from medseg.inference.sliding_window import joined, planes, window_logits
+from medseg.inference.way_back import seen, ways_back
+from medseg.inference.windows import Layout, layout
 from medseg.preparation.path import prediction_path
-from medseg.preparation.preprocess import as_meta_tensor, restore
-from medseg.targets import background_logits, decode, mean_logits, probabilities
+from medseg.preparation.preprocess import Step, as_meta_tensor, restore
+from medseg.targets import background_logits, decode, label_type, mean_logits, probabilities
 from medseg.volume import Volume
 
 
@@ -92,7 +96,7 @@ def unprocessed(bundle: Bundle) -> Bundle:
 
 @torch.inference_mode()
 def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -> Volume:
-    """Segment one image.
+    """Segment one image, plane by plane: the logits of the whole are never in memory (docs/explanation/streaming.md).
 
     Parameters
     ----------
@@ -108,7 +112,17 @@ def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -
     ------
     BundleError : the image has another number of channels, or the network answers with NaN.
     """
-    return _mask(model, image, predict_logits(model, image, mirror=mirror))
+    info = model.bundle.info
+    if model.members:
+        mask = decode(info.spec, predict_logits(model, image, mirror=mirror)).numpy()
+        return postprocess(image.with_array(mask), info.postprocess, info.spec)
+    prepared, steps = _prepared(model, image, mirror)
+    mask = np.zeros((1, *image.shape), label_type(info.spec))
+    where = layout(prepared.shape[1:], info.plan)
+    paint(
+        _planes(model, prepared, where, mirror), ways_back(steps, where), Key.of(info.spec), seen(mask[0], steps, where)
+    )
+    return postprocess(image.with_array(mask), info.postprocess, info.spec)
 
 
 @torch.inference_mode()
@@ -126,22 +140,27 @@ def predict_soft(model: Model, image: Volume, *, mirror: bool | None = None) -> 
     logits = predict_logits(model, image, mirror=mirror)
     info = model.bundle.info
     soft = probabilities(info.spec, logits, temperature=info.temperature)
-    return _mask(model, image, logits), image.with_array(soft.numpy())
-
-
-def _mask(model: Model, image: Volume, logits: Tensor) -> Volume:
-    info = model.bundle.info
-    return postprocess(image.with_array(decode(info.spec, logits).numpy()), info.postprocess, info.spec)
+    mask = image.with_array(decode(info.spec, logits).numpy())
+    return postprocess(mask, info.postprocess, info.spec), image.with_array(soft.numpy())
 
 
 @torch.inference_mode()
 def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -> Tensor:
-    """Return the logits (K, I, J, K') on the grid of the image; raises as `predict_volume`.
+    """Return the logits (K, I, J, K') on the grid of the image, all at once; raises as `predict_volume`.
 
     Those of an ensemble stand for the mean of its members' probabilities (see `medseg.targets.mean_logits`).
     """
     if model.members:
         return ensemble_logits(model.members, image, mirror=mirror)
+    info = model.bundle.info
+    prepared, steps = _prepared(model, image, mirror)
+    where = layout(prepared.shape[1:], info.plan)
+    logits = joined((plane.cpu() for plane in _planes(model, prepared, where, mirror)), where)
+    return restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
+
+
+def _prepared(model: Model, image: Volume, mirror: bool | None) -> tuple[Tensor, tuple[Step, ...]]:
+    """Return what the network is given (channels, I, J, K), on the device, and the steps that lead back."""
     plan, spec = model.bundle.info.plan, model.bundle.info.spec
     if image.array.shape[0] != len(spec.channels):
         raise BundleError(
@@ -149,20 +168,26 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -
             f"{', '.join(spec.channels)}",
             code="CHANNEL_COUNT",
         )
-    mirror = plan.test_mirroring if mirror is None else mirror
     data = {"image": as_meta_tensor(image).float()}
     if model.previous is not None:
+        mirror = plan.test_mirroring if mirror is None else mirror
         data["previous"] = as_meta_tensor(predict_volume(model.previous, image, mirror=mirror))
     data = prediction_path(plan)(data)
     prepared = data["image"].as_tensor()
     if model.previous is not None:
         labels = torch.tensor(list(spec.foreground.values())).reshape(-1, 1, 1, 1)
         prepared = torch.cat([prepared, (data["previous"].as_tensor() == labels).float()])
-    prepared = prepared.to(model.device)
-    logits = slide(prepared, model.networks, plan, mirror=mirror).cpu()
-    if not torch.isfinite(logits).all():
-        raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
-    return restore(logits, data["steps"], fill=background_logits(spec))
+    return prepared.to(model.device), data["steps"]
+
+
+def _planes(model: Model, prepared: Tensor, where: Layout, mirror: bool | None) -> Iterator[Tensor]:
+    """Yield the planes of logits; raises as `predict_volume`."""
+    plan = model.bundle.info.plan
+    mirror = plan.test_mirroring if mirror is None else mirror
+    for plane in planes(prepared, window_logits(model.networks, plan, mirror=mirror), where):
+        if not torch.isfinite(plane).all():
+            raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
+        yield plane
 
 
 def ensemble_logits(members: Sequence[Model], image: Volume, *, mirror: bool | None = None) -> Tensor:

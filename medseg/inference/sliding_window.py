@@ -1,21 +1,25 @@
-"""Logits of a whole volume from overlapping windows, by MONAI's sliding window with Gaussian weights."""
+"""Logits of an image from overlapping windows, one plane after the other.
+
+Windows are visited in raster order, the axis of planes outermost; their weighted logits add up in a slab that is one
+window deep. Planes that no further window reaches are divided by the sum of the weights and handed on, and the slab
+moves on. So memory grows with classes × slab, never with classes × volume.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from medseg.device import autocast
-from medseg.inference.windows import slide_evenly
+from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
 
-LARGEST = 1.5
-"""Axes up to this many patches long are predicted in one window."""
 Predictor = Callable[[Tensor], Tensor]
+Range = tuple[int, int]
 
 
 def window_logits(networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Predictor:
@@ -42,14 +46,6 @@ def window_logits(networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) ->
     return predict
 
 
-def window_size(shape: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
-    """Return the window: the patch, but along an axis that is hardly longer than it the whole axis.
-
-    A convolutional network takes any size, and one window of 1.4 patches costs less than two that overlap.
-    """
-    return tuple(n if 1 < p < n <= LARGEST * p else p for n, p in zip(shape, plan.patch_size, strict=True))
-
-
 def sparing(predict: Predictor) -> Predictor:
     """Return a predictor that halves its batch of windows, and each half again, while the GPU has no memory for it.
 
@@ -72,19 +68,112 @@ def sparing(predict: Predictor) -> Predictor:
 
 @torch.inference_mode()
 def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Tensor:
-    """Return logits (K, I, J, K') of a prepared image (C, I, J, K').
+    """Return all logits (K, I, J, K') of a prepared image (C, I, J, K') at once: 4 K bytes a voxel, beside the slab."""
+    where = layout(image.shape[1:], plan)
+    return joined(planes(image, window_logits(networks, plan, mirror=mirror), where), where)
 
-    For models of nnU-Net's the windows lie and weigh as there (medseg.inference.windows).
-    Peak memory is about (K + 1) * 4 bytes a voxel for logits and weights, and one batch of windows.
+
+def joined(found: Iterable[Tensor], where: Layout) -> Tensor:
+    """Return planes (K, A, B) as one tensor (K, I, J, K')."""
+    whole: Tensor | None = None
+    for number, plane in enumerate(found):
+        if whole is None:
+            whole = plane.new_empty((len(plane), *where.shape))
+        whole.select(where.axis + 1, number).copy_(plane)
+    assert whole is not None
+    return whole
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One axis of a tile: which windows reach it, and what of them lies in it."""
+
+    starts: tuple[int, ...]
+    window: int
+    low: int
+    high: int
+
+    def inside(self, start: int) -> slice:
+        """Return what of a window at `start` lies in the tile."""
+        return slice(max(start, self.low) - start, min(start + self.window, self.high) - start)
+
+    def place(self, start: int) -> slice:
+        """Return where in the tile that is."""
+        return slice(max(start, self.low) - self.low, min(start + self.window, self.high) - self.low)
+
+
+def _side(where: Layout, axis: int, part: Range) -> _Side:
+    low, high = (where.before[axis] + edge for edge in part)
+    window = where.window[axis]
+    starts = tuple(start for start in where.starts[axis] if start < high and start + window > low)
+    return _Side(starts, window, low, high)
+
+
+@torch.inference_mode()
+def planes(
+    image: Tensor, predict: Predictor, where: Layout, *, tile: tuple[Range, Range] | None = None
+) -> Iterator[Tensor]:
+    """Yield the logits (K, A, B) of each plane across `where.axis`, in order; A and B are the other axes in theirs.
+
+    Parameters
+    ----------
+    image : (C, I, J, K), prepared.
+    predict : windows (B, C, *window) -> logits (B, K, *window).
+    tile : the part [first, last) of A and of B that is wanted (all, unless told); only windows that reach it are
+        predicted. The values are those of the whole plane, to the last bit.
     """
-    predict = sparing(window_logits(networks, plan, mirror=mirror))
-    if plan.nnunet is not None:
-        return slide_evenly(image, predict, plan.patch_size, overlap=plan.overlap)
-    inferer = SlidingWindowInferer(
-        roi_size=window_size(tuple(image.shape[1:]), plan),
-        sw_batch_size=8 if plan.dimensions == 2 else 1,
-        overlap=[plan.overlap if n > 1 else 0.0 for n in plan.patch_size],
-        mode="gaussian",
-    )
-    logits = inferer(image[None], predict)
-    return torch.as_tensor(logits)[0]
+    axis = where.axis
+    rest = [other for other in range(3) if other != axis]
+    parts = tile or tuple((0, where.shape[other]) for other in rest)
+    sides = tuple(_side(where, other, part) for other, part in zip(rest, parts, strict=True))
+    size = tuple(side.high - side.low for side in sides)
+    padded, predict, weights = where.pad(image), sparing(predict), where.weights.to(image.device)
+    depth, first = where.deep[axis], where.before[axis]
+    wanted = range(first, first + where.shape[axis])
+    total: Tensor | None = None
+    seen = torch.zeros((depth, *size), device=image.device)
+    starts = where.starts[axis]
+    for start, following in zip(starts, (*starts[1:], where.padded[axis]), strict=True):
+        for corner in itertools.product(*(side.starts for side in sides)):
+            logits, weight = _window(padded, predict, where, weights, _inserted(corner, axis, start))
+            inside = tuple(side.inside(at) for side, at in zip(sides, corner, strict=True))
+            place = tuple(side.place(at) for side, at in zip(sides, corner, strict=True))
+            if total is None:
+                total = logits.new_zeros((len(logits), depth, *size))
+            weight = weight[(slice(None), *inside)]
+            span = (slice(0, logits.shape[1]), *place)
+            total[(slice(None), *span)] += logits[(slice(None), slice(None), *inside)] * weight
+            seen[span] += weight
+        assert total is not None
+        for plane in range(start, following):
+            if plane in wanted:
+                yield total[:, plane - start] / seen[plane - start]
+        if start < following < where.padded[axis]:
+            _move(total, 1, following - start)
+            _move(seen, 0, following - start)
+
+
+def _window(
+    padded: Tensor, predict: Predictor, where: Layout, weights: Tensor, corner: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Predict a window (or several slices); return its logits (K, depth, A, B) and weights (depth, A, B)."""
+    box = tuple(slice(at, at + size) for at, size in zip(corner, where.deep, strict=True))
+    part = padded[(slice(None), *box)]
+    if where.flat:
+        # Slices are the batch.
+        logits = predict(part.permute(3, 0, 1, 2)[..., None])[..., 0].transpose(0, 1)
+        return logits, weights.permute(2, 0, 1).expand(logits.shape[1], -1, -1)
+    return predict(part[None])[0].movedim(where.axis + 1, 1), weights.movedim(where.axis, 0)
+
+
+def _inserted(corner: Sequence[int], axis: int, start: int) -> tuple[int, ...]:
+    return (*corner[:axis], start, *corner[axis:])
+
+
+def _move(slab: Tensor, dim: int, step: int) -> None:
+    """Move planes towards the front by `step`, in pieces that do not overlap, and begin the last ones anew."""
+    depth = slab.shape[dim]
+    for at in range(0, depth - step, step):
+        count = min(step, depth - step - at)
+        slab.narrow(dim, at, count).copy_(slab.narrow(dim, at + step, count))
+    slab.narrow(dim, max(0, depth - step), min(step, depth)).zero_()

@@ -1,25 +1,100 @@
-"""Sliding window as in nnU-Net v2, for its models: where windows lie, and how much each of their voxels counts.
+"""Where the windows of a sliding window lie, and how much each of their voxels counts.
 
-Source: nnunetv2.inference.sliding_window_prediction and predict_from_raw_data. Two differences of arithmetic: sums are
-in single precision where nnU-Net has half, and slices of a 2-D network are predicted several at a time.
+Models of nnU-Net's have evenly spaced windows as there (nnunetv2.inference.sliding_window_prediction and
+predict_from_raw_data), with two differences of arithmetic: sums are in single precision where nnU-Net has half, and
+slices of a 2-D network are predicted several at a time. All others have those of MONAI's SlidingWindowInferer.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.data.utils import compute_importance_map
 from scipy import ndimage
 from torch import Tensor
 
+from medseg.planning.plan import Plan, Triple
+
+LARGEST = 1.5
+"""Axes up to this many patches long are predicted in one window."""
 SLICES = 8
 """Slices of a 2-D network that are predicted together."""
 PEAK = 10.0
-"""Weight of a window's centre."""
+"""Weight of the centre of a window of nnU-Net's."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The windows over an image.
+
+    Attributes
+    ----------
+    shape, padded : of the image, and with the zeros that make it as large as a window.
+    before : zeros before the image along each axis.
+    window : its size; of a 2-D network (*, *, 1).
+    starts : along each axis, where windows begin in the padded image.
+    weights : (window), how much each voxel of a window counts.
+    """
+
+    shape: Triple
+    padded: Triple
+    before: Triple
+    window: Triple
+    starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    weights: Tensor
+
+    @property
+    def flat(self) -> bool:
+        """Whether windows are slices along the last axis."""
+        return self.window[2] == 1
+
+    @property
+    def deep(self) -> Triple:
+        """What is predicted at once: a window, of a 2-D network several slices."""
+        i, j, k = self.window
+        return (i, j, min(SLICES, self.padded[2])) if self.flat else (i, j, k)
+
+    @property
+    def axis(self) -> int:
+        """Along which the image is done plane by plane: the one that is the most windows long, slices where flat."""
+        if self.flat:
+            return 2
+        return max(range(3), key=lambda axis: (self.padded[axis] / self.window[axis], -axis))
+
+    def pad(self, image: Tensor) -> Tensor:
+        """Return (C, *padded) with the image (C, *shape) in it."""
+        pads = [
+            p
+            for axis in (2, 1, 0)
+            for p in (self.before[axis], self.padded[axis] - self.shape[axis] - self.before[axis])
+        ]
+        return F.pad(image, pads) if any(pads) else image
+
+
+def layout(shape: Sequence[int], plan: Plan) -> Layout:
+    """Return the windows of a plan over a prepared image of size `shape` (I, J, K)."""
+    image = _triple(shape)
+    window = plan.patch_size if plan.nnunet is not None else window_size(image, plan)
+    padded = _triple([max(n, w) for n, w in zip(image, window, strict=True)])
+    before = _triple([(p - n) // 2 for p, n in zip(padded, image, strict=True)])
+    find = window_starts if plan.nnunet is not None else dense_starts
+    i, j, k = (tuple(range(p) if w == 1 else find(p, w, 1 - plan.overlap)) for p, w in zip(padded, window, strict=True))
+    if window[2] == 1:
+        k = tuple(range(0, padded[2], SLICES))
+    return Layout(image, padded, before, window, (i, j, k), _weights(window, plan))
+
+
+def window_size(shape: Sequence[int], plan: Plan) -> Triple:
+    """Return the window: the patch, but along an axis that is hardly longer than it the whole axis.
+
+    A convolutional network takes any size, and one window of 1.4 patches costs less than two that overlap.
+    """
+    return _triple([n if 1 < p < n <= LARGEST * p else p for n, p in zip(shape, plan.patch_size, strict=True)])
 
 
 def window_starts(size: int, window: int, step: float) -> list[int]:
@@ -28,8 +103,21 @@ def window_starts(size: int, window: int, step: float) -> list[int]:
     return [round((size - window) / (count - 1) * n) for n in range(count)] if count > 1 else [0]
 
 
+def dense_starts(size: int, window: int, step: float) -> list[int]:
+    """Return where MONAI's windows begin along an axis: `step` windows apart, the last one at the end."""
+    interval = max(1, int(window * step))
+    count = math.ceil((size - window) / interval) + 1
+    return [min(n * interval, size - window) for n in range(count)]
+
+
+def _weights(window: Triple, plan: Plan) -> Tensor:
+    if plan.nnunet is None:
+        return compute_importance_map(window, mode="gaussian", sigma_scale=0.125)
+    return importance(window[:2])[..., None] if window[2] == 1 else importance(window)
+
+
 def importance(window: Sequence[int]) -> Tensor:
-    """Return the weights of a window: a Gaussian of an eighth of its size, rounded to half precision as nnU-Net's is.
+    """Return nnU-Net's weights of a window: a Gaussian of an eighth of its size, rounded to half precision as there.
 
     What is too small for half precision counts like the smallest number that is not.
     """
@@ -42,44 +130,6 @@ def importance(window: Sequence[int]) -> Tensor:
     return weights.clamp(min=float(weights[weights > 0].min()))
 
 
-def pad_to_window(image: Tensor, window: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
-    """Pad (C, I, J, K) with zeros on both sides to at least `window`; return it and where the image lies in it."""
-    missing = [max(0, w - n) for w, n in zip(window, image.shape[1:], strict=True)]
-    before = [m // 2 for m in missing]
-    pads = [p for b, m in zip(before[::-1], missing[::-1], strict=True) for p in (b, m - b)]
-    place = tuple(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True))
-    return (F.pad(image, pads) if any(pads) else image), place
-
-
-def slide_evenly(
-    image: Tensor, predict: Callable[[Tensor], Tensor], window: Sequence[int], *, overlap: float
-) -> Tensor:
-    """Return logits (K, I, J, K') of an image (C, I, J, K'): the weighted mean over evenly spaced windows.
-
-    Parameters
-    ----------
-    predict : windows (B, C, *window) -> logits (B, K, *window).
-    window : its size; of a 2-D network (*, *, 1).
-    """
-    padded, place = pad_to_window(image, window)
-    flat = window[2] == 1
-    weights = importance(window[:2])[..., None] if flat else importance(window)
-    weights = weights.to(image.device)
-    rows = [window_starts(n, w, 1 - overlap) for n, w in zip(padded.shape[1:], window, strict=True)]
-    deep = SLICES if flat else 1
-    total: Tensor | None = None
-    seen = torch.zeros(padded.shape[1:], device=image.device)
-    for i, j, k in itertools.product(rows[0], rows[1], rows[2][::deep]):
-        depth = min(deep, padded.shape[3] - k) if flat else window[2]
-        box = (slice(i, i + window[0]), slice(j, j + window[1]), slice(k, k + depth))
-        part = padded[(slice(None), *box)]
-        windows = part.permute(3, 0, 1, 2)[..., None] if flat else part[None]
-        logits = predict(windows)
-        # Slices stand where the batch was.
-        logits = logits[..., 0].permute(1, 2, 3, 0) if flat else logits[0]
-        if total is None:
-            total = torch.zeros((logits.shape[0], *padded.shape[1:]), device=image.device)
-        total[(slice(None), *box)] += logits * weights
-        seen[box] += weights
-    assert total is not None
-    return (total / seen)[(slice(None), *place)]
+def _triple(numbers: Sequence[int]) -> Triple:
+    i, j, k = (int(n) for n in numbers)
+    return i, j, k

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.transforms import Transform
-from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
 from medseg.errors import BundleError
 from medseg.planning.plan import Normalise, Spacing
+from medseg.preparation.interpolate import Line, interpolate, linear_line, nearest_line
 from medseg.spec import Case, Spec
 from medseg.studies import read_study
 from medseg.volume import Flips, Volume, orientation_to
@@ -45,6 +45,12 @@ class Cropped:
     start: Shape
     stop: Shape
     shape: Shape
+
+    @property
+    def box(self) -> tuple[slice, slice, slice]:
+        """What was kept."""
+        i, j, k = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+        return i, j, k
 
 
 @dataclass(frozen=True)
@@ -233,41 +239,31 @@ def _resize(x: Tensor, size: Shape, labels: bool) -> Tensor:
     return result
 
 
-def restore(logits: Tensor, steps: tuple[Step, ...], *, fill: float | Tensor) -> Tensor:
+def restore(logits: Tensor, steps: tuple[Step, ...], *, fill: float | Tensor, axis: int = 0) -> Tensor:
     """Bring (K, I, J, K') values on the prepared grid back to the grid of the source, undoing `steps` in reverse.
 
-    Voxels outside a crop get `fill`: a number, or one number per channel (K,).
+    Voxels outside a crop get `fill`: a number, or one number per channel (K,). `axis` is interpolated first; the last
+    digit depends on it (see medseg.preparation.interpolate).
     """
     for step in reversed(steps):
         if isinstance(step, Resampled):
-            logits = _resize_back(logits, step)
+            logits = interpolate(logits, lines_back(step, tuple(logits.shape[1:])), axis=axis)  # type: ignore[arg-type]
         elif isinstance(step, Cropped):
             whole = torch.as_tensor(fill, dtype=logits.dtype).reshape(-1, 1, 1, 1)
             whole = whole.expand(logits.shape[0], *step.shape).clone()
-            whole[(slice(None), *(slice(a, b) for a, b in zip(step.start, step.stop, strict=True)))] = logits
+            whole[(slice(None), *step.box)] = logits
             logits = whole
         else:
             logits = _unflip(logits, step.flips)
     return logits
 
 
-def _resize_back(x: Tensor, step: Resampled) -> Tensor:
-    axis = step.nearest
-    if axis is not None and x.shape[axis + 1] != step.shape[axis]:
-        index = torch.from_numpy(nearest_slices(x.shape[axis + 1], step.shape[axis])).to(x.device)
-        plane = tuple(x.shape[a + 1] if a == axis else n for a, n in enumerate(step.shape))
-        x = _resize(x, plane, labels=False).index_select(axis + 1, index)  # type: ignore[arg-type]
-    return _resize(x, step.shape, labels=False)
-
-
-def nearest_slices(before: int, after: int) -> NDArray[np.int64]:
-    """Return which of `before` slices each of `after` over the same extent is nearest to; half way goes up.
-
-    By scipy.ndimage.map_coordinates, as in nnU-Net: the last digit decides what is half way.
-    """
-    places = before / after * (np.arange(after) + 0.5) - 0.5
-    slices = ndimage.map_coordinates(np.arange(before, dtype=np.float64), [places], order=0, mode="nearest")
-    return np.asarray(slices, dtype=np.int64)
+def lines_back(step: Resampled, shape: Shape) -> tuple[Line, Line, Line]:
+    """Return how each axis of a prepared grid of `shape` leads back to that before the step."""
+    i, j, k = (
+        (nearest_line if axis == step.nearest else linear_line)(shape[axis], step.shape[axis]) for axis in range(3)
+    )
+    return i, j, k
 
 
 def _unflip(x: Tensor, flips: tuple[tuple[float, float], ...]) -> Tensor:

@@ -20,7 +20,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from medseg.planning.plan import Interpolation, NnUNet
-from medseg.preparation.preprocess import Data, Resampled, nearest_slices
+from medseg.preparation.interpolate import nearest_slices
+from medseg.preparation.preprocess import Data, Resampled
 
 ANISOTROPIC = 3.0
 """A spacing over this many times another is resampled apart (nnU-Net's ANISO_THRESHOLD)."""

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from medseg.inference.sliding_window import LARGEST, slide, window_logits, window_size
+from medseg.inference.sliding_window import slide, window_logits
+from medseg.inference.windows import LARGEST, window_size
 from medseg.planning.plan import Plan
 
 Make = Callable[..., Any]

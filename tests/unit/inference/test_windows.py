@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-from medseg.inference.windows import importance, pad_to_window, slide_evenly, window_starts
+from medseg.inference.sliding_window import joined, planes
+from medseg.inference.windows import Layout, importance, layout, window_starts
+
+Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
@@ -47,16 +53,34 @@ def test_importance_is_nnunet_s_gaussian_in_half_precision(window: tuple[int, ..
     assert np.mean(found == wanted) > 0.99
 
 
-def test_small_images_lie_in_the_middle_of_the_window() -> None:
-    padded, place = pad_to_window(torch.ones(1, 3, 6, 9), (8, 6, 4))
+@pytest.fixture
+def laid(make_spec: Make, make_plan: Make) -> Callable[..., Layout]:
+    rules = {"order": 1, "order_z": 0, "separate": None}
+
+    def lay(shape: tuple[int, int, int], window: tuple[int, int, int]) -> Layout:
+        plan = make_plan(
+            make_spec(),
+            patch_size=window,
+            overlap=0.5,
+            dimensions=2 if window[2] == 1 else 3,
+            nnunet={"image": rules, "logits": rules},
+        )
+        return layout(shape, plan)
+
+    return lay
+
+
+def test_small_images_lie_in_the_middle_of_the_window(laid: Callable[..., Layout]) -> None:
+    where = laid((3, 6, 9), (8, 6, 4))
+    padded = where.pad(torch.ones(1, 3, 6, 9))
     assert padded.shape == (1, 8, 6, 9)
-    assert place == (slice(2, 5), slice(0, 6), slice(0, 9))
-    assert padded.sum() == padded[(slice(None), *place)].sum() == 3 * 6 * 9
+    assert where.before == (2, 0, 0)
+    assert padded.sum() == padded[:, 2:5].sum() == 3 * 6 * 9
 
 
 @pytest.mark.parametrize("window", [(8, 8, 8), (16, 8, 1), (40, 8, 4)])
 def test_what_depends_on_a_voxel_alone_is_given_back_as_it_is(
-    rng: np.random.Generator, window: tuple[int, int, int]
+    rng: np.random.Generator, laid: Callable[..., Layout], window: tuple[int, int, int]
 ) -> None:
     image = torch.from_numpy(rng.normal(size=(2, 21, 17, 19)).astype(np.float32))
     seen = []
@@ -66,6 +90,7 @@ def test_what_depends_on_a_voxel_alone_is_given_back_as_it_is(
         seen.append(len(windows))
         return torch.cat([windows, windows[:, :1] * 2], 1)
 
-    logits = slide_evenly(image, predict, window, overlap=0.5)
+    where = laid((21, 17, 19), window)
+    logits = joined(planes(image, predict, where), where)
     assert torch.allclose(logits, torch.cat([image, image[:1] * 2]), atol=1e-5)
     assert (max(seen) > 1) == (window[2] == 1)
