@@ -90,6 +90,7 @@ def plan(
     from medseg.spec import load_dataset
     from medseg.training.make_plan import make_plan
     from medseg.training.manifest import learning_cases
+    from medseg.training.refusals import say_absent_labels
     from medseg.training.request import Request
 
     display = display or Display(None)
@@ -98,6 +99,7 @@ def plan(
     with display:
         display.stage("reading")
         fingerprint = take_fingerprint(found.spec, learning_cases(found), progress=display.counted)
+        say_absent_labels(display, fingerprint)
         display.stage("measuring step times")
         request = Request(budget=length, steps=steps, settings=tuple(settings), seed=seed)
         made, reasons = make_plan(found, fingerprint, request, best_device())

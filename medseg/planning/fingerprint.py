@@ -107,7 +107,8 @@ def survey(
 
     Raises
     ------
-    SpecError : cases that cannot be used, each named with its reason (all of them, not the first); no case at all.
+    SpecError : cases that cannot be used, each named with its reason (all of them, not the first); no case at all; no
+        voxel of a label in any of them (NO_FOREGROUND).
     """
     if not cases:
         raise SpecError(f"dataset {spec.name}: there is no case to learn from")
@@ -126,6 +127,13 @@ def survey(
         raise SpecError(
             f"{len(problems)} of {len(cases)} cases cannot be used; repair or remove them "
             "(medseg check lists everything):\n  " + "\n  ".join(problems)
+        )
+    if not any(row.label_ml for row in facts):
+        values = ", ".join(f"{name} = {value}" for name, value in spec.foreground.items())
+        raise SpecError(
+            f"none of the {len(cases)} training cases holds a voxel of a label ({values}): there is nothing to learn. "
+            "Look at the values in the masks (medseg check) and at `labels` in the spec",
+            code="NO_FOREGROUND",
         )
     kept = {
         case.id: CaseFacts(label_ml=row.label_ml, origin=row.origin) for case, row in zip(cases, facts, strict=True)

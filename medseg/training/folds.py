@@ -53,7 +53,9 @@ def make_folds(
     if len(patients) < needed:
         raise TrainingError(
             f"{len(patients)} patient(s) to learn from; at least {needed} are needed "
-            f"({'one for each fold' if folds else 'one to learn from and one to validate on'})"
+            f"({'one for each fold' if folds else 'one to learn from and one to validate on'}): add cases"
+            " of other patients",
+            code="TOO_FEW_PATIENTS",
         )
     if folds is None:
         held = max(1, min(MAX_VALIDATION_PATIENTS, round(VALIDATION_SHARE * len(patients))))
@@ -70,6 +72,13 @@ def make_folds(
         )
         for number, group in enumerate(groups)
     ]
+
+
+def the_fold(folds: Sequence[Fold], number: int) -> Fold:
+    """Return one of the folds; raise TrainingError if there is none of this number."""
+    if not 0 <= number < len(folds):
+        raise TrainingError(f"--fold {number}: there are folds 0 to {len(folds) - 1}; give --folds for another number")
+    return folds[number]
 
 
 def traits(cases: Sequence[Case], facts: Mapping[str, CaseFacts]) -> dict[str, frozenset[str]]:

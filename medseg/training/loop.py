@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from medseg.bundle import make_network
 from medseg.device import Stopwatch, autocast
-from medseg.errors import Stopped, TrainingError
+from medseg.errors import Stopped
 from medseg.inference.sliding_window import slide
 from medseg.losses import LOSSES, deep_supervision
 from medseg.parallel import StopRequest, added, stop_request, world
@@ -33,10 +33,15 @@ from medseg.preparation.sampling import drawn_cases, draws
 from medseg.spec import Case, Spec
 from medseg.targets import decode, encode, exclusive
 from medseg.training.drawn import add_drawn, label_voxels
+from medseg.training.health import refuse_explosion, refuse_what_is_no_number, sound
+from medseg.training.memory import explained_memory, freed, is_out_of_memory
+from medseg.training.pieces import backward
 from medseg.training.schedule import Schedule
 from medseg.training.state import LoopState, load_state, mean_dice, save_state
 
 CHECKPOINT_SECONDS = 30.0
+SAVING_SECONDS = 1.5
+"""A checkpoint that takes longer to write is written more rarely, so that it never takes more than a twentieth."""
 GRADIENT_NORM = 12.0
 """Gradients are cut to this norm, as nnU-Net does: one bad batch must not throw the weights away."""
 
@@ -73,7 +78,8 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
 
     Raises
     ------
-    TrainingError : the loss is not a number any more; the checkpoint cannot be used.
+    TrainingError : the loss or its gradient is no number any more (LOSS_NOT_FINITE), or the loss exploded (DIVERGED); the
+        memory does not hold a single patch (OUT_OF_MEMORY); the checkpoint cannot be used.
     Stopped : the process was asked to stop; the checkpoint is written.
     """
     learner = Learner(job)
@@ -83,8 +89,14 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
     state = learner.state
     schedule = schedule_for(state)
     saved = resumed = time.monotonic()
+    pause = CHECKPOINT_SECONDS
     spent = state.seconds
-    with ThreadPoolExecutor(1) as reader, stop_request() as stop, learner.saved_on(Stopped):
+    with (
+        ThreadPoolExecutor(1) as reader,
+        stop_request() as stop,
+        learner.saved_on(Stopped),
+        explained_memory(job.plan, job.device),
+    ):
         ahead = reader.submit(read_batch, job, state.step)
         while (factor := _next_factor(schedule, state.step, stop)) is not None:
             began = time.monotonic()
@@ -102,9 +114,11 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
                 schedule.validated(time.monotonic() - began)
                 state.seconds = spent + time.monotonic() - resumed
                 watch(state, schedule, 0.0)
-            if due or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if (due or time.monotonic() - saved > pause) and sound(state.losses):
+                began = time.monotonic()
                 learner.save()
                 saved = time.monotonic()
+                pause = CHECKPOINT_SECONDS * max(1.0, (saved - began) / SAVING_SECONDS)
         ahead.cancel()
     if not state.validations or state.validations[-1]["step"] != state.step:
         learner.validate()
@@ -190,19 +204,11 @@ class Learner:
         target, valid = encode(self.job.spec, masks)
         for group in self.optimizer.param_groups:
             group["lr"] = plan.learning_rate * factor
-        with autocast(self.job.device.type, plan.precision):
-            levels = self.levels(images.contiguous(memory_format=self.layout))
-        loss = deep_supervision(self.loss, levels, target, valid, exclusive(self.job.spec))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
-        value, *voxels = added([float(loss.detach()), *self._in_batch(held)])
+        loss = self._gradient(images, target, valid)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
+        value, *voxels = added([float(loss), *self._in_batch(held)])
         value /= world().size
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {state.step}: the training diverged. The last checkpoint is kept; "
-                "train again in another --out with --set precision=fp32, or a lower --set learning_rate="
-            )
+        refuse_what_is_no_number(plan, state.step, value, float(norm))
         self.optimizer.step()
         self._move_average(min(plan.averaging, (1 + state.step) / (10 + state.step)))
         state.step += 1
@@ -210,6 +216,30 @@ class Learner:
         state.losses.append(value)
         state.pace.augmenting += augmenting.seconds()
         self._count(np.array(voxels))
+        refuse_explosion(plan, state.losses)
+
+    def _gradient(self, images: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """Set the gradient of the loss and return the loss; in more pieces where the memory does not hold the batch."""
+        plan, state = self.job.plan, self.state
+
+        def levels(part: Tensor) -> list[Tensor]:
+            with autocast(self.job.device.type, plan.precision):
+                return self.levels(part.contiguous(memory_format=self.layout))
+
+        def loss(found: list[Tensor]) -> Tensor:
+            return deep_supervision(self.loss, found, target, valid, exclusive(self.job.spec))
+
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return backward(levels, loss, images, min(state.pieces, len(images)))
+            except (RuntimeError, MemoryError) as error:
+                # Several processes add their gradients up in every pass backward: all would have to take the same.
+                if not is_out_of_memory(error) or state.pieces >= len(images) or world().size > 1:
+                    raise
+            # Outside of `except`, whose error holds on to the activations.
+            freed(self.job.device)
+            state.pieces = min(2 * state.pieces, len(images))
 
     def _in_batch(self, held: Tensor) -> list[float]:
         """Return the voxels (own patches, labels) at their places in the whole batch, 0 at those of other processes."""

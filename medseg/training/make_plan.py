@@ -10,6 +10,7 @@ import torch
 from medseg.errors import PlanError
 from medseg.planning.coarsening import coarsening
 from medseg.planning.fingerprint import Fingerprint
+from medseg.planning.limits import refuse_large_patch
 from medseg.planning.plan import Measured, Plan, override
 from medseg.planning.planner import DEFAULT_NETWORK, Draft, decide, draft
 from medseg.spec import Dataset, Spec
@@ -64,7 +65,9 @@ def make_plan(
     if choice.factor == 1:
         reasons["spacing"] += f" Not coarser: {choice.reason}."
     plan = plan.model_copy(update={"network": as_network(network, plan.network)})
-    return override(plan, settings), reasons | (REASONS if request.deterministic else {})
+    plan = override(plan, settings)
+    refuse_large_patch(plan)
+    return plan, reasons | (REASONS if request.deterministic else {})
 
 
 @dataclass(frozen=True)

@@ -27,18 +27,20 @@ from medseg.files import sweep, write_json
 from medseg.losses import LOSSES
 from medseg.parallel import added, joined
 from medseg.planning.fingerprint import CaseFacts, Fingerprint, survey
+from medseg.planning.limits import refuse_large_patch
 from medseg.planning.plan import Plan, override, read_plan, write_plan
 from medseg.preparation.cache import CaseCache, prepare_cases
 from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import Case, Dataset, load_dataset
 from medseg.tracking import Tracker, start
 from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
-from medseg.training.folds import Fold, make_folds, refuse_leaks
+from medseg.training.folds import Fold, make_folds, refuse_leaks, the_fold
 from medseg.training.loop import Job, fit
 from medseg.training.make_plan import make_plan
 from medseg.training.manifest import learning_cases, make_manifest
 from medseg.training.record import MANIFEST, complete_manifest, note_environment, recorded_threads
 from medseg.training.replay import compared, record_of, told, warning
+from medseg.training.refusals import refuse_empty_training, refuse_too_few, say_absent_labels
 from medseg.training.request import Request, complete, open_run, read_json
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Followed, Schedule
 from medseg.training.state import LoopState, job_digest, load_state
@@ -129,6 +131,7 @@ def _lead(
     dataset = load_dataset(dataset_path, splits=splits)
     refuse_leaks(dataset.cases)
     cases = learning_cases(dataset)
+    refuse_too_few(cases, request)
     with display:
         if left_out := len(dataset.select("train")) - len(cases):
             display.say(f"{left_out} training case(s) have no mask and are left out")
@@ -143,6 +146,7 @@ def _lead(
         work = _Work(dataset, cases, out, request, manifest["digest"], began, display, best_device())
         work.note_environment()
         fingerprint = work.fingerprint()
+        say_absent_labels(display, fingerprint)
         plan = work.plan(fingerprint)
         with start(
             track or out,
@@ -154,6 +158,7 @@ def _lead(
             write_json(out / "tracking.json", {"run_id": tracker.run_id})
             _track_plan(tracker, plan, manifest, out)
             jobs = work.jobs(plan)
+            refuse_empty_training(jobs)
             _call_others(to_work=True)
             states = work.fit_all(jobs, tracker)
             name, hurry = model_name or dataset.spec.name, request.budget is not None
@@ -267,6 +272,7 @@ class _Work:
                 f"the plan normalises the channels {', '.join(plan.normalisation)}, the dataset has "
                 f"{', '.join(self.dataset.spec.channels)}; name them in this order"
             )
+        refuse_large_patch(plan)
         make_network(self.dataset.spec, plan)
         LOSSES[plan.loss]
         write_plan(file, plan, reasons)
@@ -280,7 +286,7 @@ class _Work:
     def _folds(self, seed: int) -> list[Fold]:
         """Return the folds to be trained."""
         folds = make_folds(self.cases, folds=self.request.folds, seed=seed, facts=self._facts())
-        return folds if self.request.fold is None else [_the_fold(folds, self.request.fold)]
+        return folds if self.request.fold is None else [the_fold(folds, self.request.fold)]
 
     def _facts(self) -> dict[str, CaseFacts]:
         """Return what is known of each case; nothing in a run that was begun before it was kept: its folds stay."""
@@ -330,7 +336,8 @@ class _Work:
             left = len(jobs) - number
             schedule = _scheduler(self, job, scoring, left, earlier)
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
-            states.append(fit(job, schedule, watch=Watch(self.display, tracker, job, number, len(jobs))))
+            watch = Watch(self.display, tracker, job, number, len(jobs))
+            states.append(watch.ended(fit(job, schedule, watch=watch)))
             write_json(done, {"steps": states[-1].step})
         return states
 
@@ -342,12 +349,6 @@ class _Work:
                 f"the budget of {clock(self.request.budget)} was over before the first step: reading, measuring and "
                 f"preparing took {clock(spent)} on this machine; give a larger --budget and another --out"
             )
-
-
-def _the_fold(folds: list[Fold], number: int) -> Fold:
-    if not 0 <= number < len(folds):
-        raise TrainingError(f"--fold {number}: there are folds 0 to {len(folds) - 1}; give --folds for another number")
-    return folds[number]
 
 
 def _scheduler(work: _Work, job: Job, scoring: float, left: int, earlier: float) -> Any:

@@ -39,6 +39,8 @@ class LoopState:
     seen : (training cases, labels, 2) int64: patches that held a label, and its voxels in them (see training.drawn);
         empty in a checkpoint from before they were counted.
     pace : where the time of the steps went.
+    pieces : parts in which each batch is computed (see training.pieces); more than one where memory is short. Kept, so
+        that a resumed training goes on with the same rounding.
     """
 
     step: int = 0
@@ -53,6 +55,7 @@ class LoopState:
     validations: list[dict[str, Any]] = field(default_factory=list)
     seen: Tensor = field(default_factory=lambda: torch.zeros((0, 0, 2), dtype=torch.int64))
     pace: Pace = field(default_factory=Pace)
+    pieces: int = 1
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -85,6 +88,7 @@ def save_state(path: Path, state: LoopState, *, job: str) -> None:
         "best_dice": state.best_dice,
         "validations": state.validations,
         "pace": asdict(state.pace),
+        "pieces": state.pieces,
     }
     metadata = {"state": json.dumps(plain), "sha256": _checksum(plain, tensors)}
     # Not save_file: where the disk is full it raises no OSError.
@@ -131,6 +135,7 @@ def load_state(path: Path, *, job: str) -> LoopState:
         losses=tensors.pop("record/losses").tolist(),
         seen=tensors.pop("record/seen", LoopState().seen),
         pace=Pace(**plain.get("pace", {})),
+        pieces=plain.get("pieces", 1),
     )
     for key, value in tensors.items():
         group, _, name = key.partition("/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medseg.display import Display, clock
 from medseg.tracking import Tracker
+from medseg.training.health import flat, learnt_nothing
 from medseg.training.loop import Job
 from medseg.training.schedule import Schedule
 from medseg.training.state import LoopState, mean_dice
@@ -17,6 +18,8 @@ class Watch:
         self.prefix = f"fold_{number}/" if folds > 1 else ""
         self._validated = -1
         self._pace = 0.0
+        self._pieces = 1
+        self._flat = False
 
     def __call__(self, state: LoopState, schedule: Schedule, step_seconds: float) -> None:
         """Note a step (or, with 0 seconds, a validation)."""
@@ -28,11 +31,27 @@ class Watch:
         note = f"step {state.step} loss {sum(recent) / len(recent):.3f}{dice}"
         left = clock(schedule.remaining(state.step, self._pace))
         self.display.show(schedule.progress(state.step), f"{note} left {left}")
+        if state.pieces != self._pieces:
+            self._pieces = state.pieces
+            self.display.say(
+                f"  step {state.step:5d}  memory is short: each batch of {self.job.plan.batch_size} is computed in "
+                f"{state.pieces} pieces; the result is the same, a step takes about a third longer"
+            )
         if last and last["step"] == state.step and state.step != self._validated:
             self._validated = state.step
             self.tracker.metrics(self._metrics(state, last["dice"]), step=state.step)
             labels = ", ".join(f"{name} {value:.3f}" for name, value in last["dice"].items())
             self.display.say(f"  step {state.step:5d}  {clock(state.seconds):>7}  validation Dice: {labels}")
+            if not self._flat and (words := flat(state.losses, schedule.progress(state.step))):
+                self._flat = True
+                self.display.say(f"  {words}")
+
+    def ended(self, state: LoopState) -> LoopState:
+        """Say so where nothing was learnt, and return the state."""
+        scored = any(row["dice"] for row in state.validations)
+        if words := learnt_nothing(state.best_dice, scored):
+            self.display.say(f"  {words}")
+        return state
 
     def _metrics(self, state: LoopState, dice: dict[str, float]) -> dict[str, float]:
         since = state.validations[-2]["step"] if len(state.validations) > 1 else 0

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import load_dataset
 from medseg.training import loop
 from medseg.training.folds import make_folds
-from medseg.training.loop import Job, fit
+from medseg.training.loop import Job, Learner, fit
 from medseg.training.schedule import ByClock, ByRecord, BySteps
 from medseg.training.state import LoopState, load_state
 
@@ -181,7 +182,7 @@ def test_a_timed_run_that_was_interrupted_is_repeated_too(make_job: Maker) -> No
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     make_job: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job()
+    job = make_job("precision=bf16")
     with pytest.raises(KilledError):
         fit(job, by_steps(job), watch=stop_after(4))
     kept = job.checkpoint.read_bytes()
@@ -190,6 +191,142 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(
     with pytest.raises(TrainingError, match=r"the loss is nan at step 3.*--set precision=fp32"):
         fit(job, by_steps(job))
     assert job.checkpoint.read_bytes() == kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(
+    make_job: Maker, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """The loss is sound, its gradient is not: clipping would turn it into NaN in every weight."""
+    job = make_job(f"precision={precision}")
+    with pytest.raises(KilledError):
+        fit(job, by_steps(job), watch=stop_after(4))
+    kept = job.checkpoint.read_bytes()
+    real = loop.deep_supervision
+
+    def steep(*args: Any) -> torch.Tensor:
+        loss = real(*args)
+        return loss + (loss - loss.detach()).clamp(min=0).sqrt()  # the root's slope at 0 is infinite
+
+    monkeypatch.setattr(loop, "deep_supervision", steep)
+    with pytest.raises(TrainingError, match=r"the gradient of the loss \([\d.]+\) is (nan|inf) at step 3") as caught:
+        fit(job, by_steps(job))
+    assert caught.value.code == "LOSS_NOT_FINITE"
+    assert ("precision=fp32" in str(caught.value)) == (precision == "bf16")
+    assert job.checkpoint.read_bytes() == kept
+    monkeypatch.undo()
+    undisturbed = make_job(f"precision={precision}")
+    same(fit(job, by_steps(job)), fit(undisturbed, by_steps(undisturbed)))
+
+
+def test_a_loss_that_explodes_keeps_the_checkpoint_from_before(
+    make_job: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed, it comes to the same end: the checkpoint is sound, what follows it is not."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    job = make_job("steps=80", "validations=1", "augmentation.spatial_probability=0")
+    real = loop.deep_supervision
+    done: list[int] = []
+
+    def explodes(*args: Any) -> torch.Tensor:
+        done.append(len(done))
+        return real(*args) * (1 if len(done) <= 45 else 100)
+
+    monkeypatch.setattr(loop, "deep_supervision", explodes)
+    with pytest.raises(TrainingError, match=r"the training diverged\. The last checkpoint from before") as caught:
+        fit(job, by_steps(job))
+    assert caught.value.code == "DIVERGED"
+    assert load_state(job.checkpoint, job="job").step == 45
+    assert len(done) < 60
+
+
+# Memory
+
+
+class Memory:
+    """Holds batches of up to `patches` patches; more are refused as the allocator `error` would."""
+
+    def __init__(self, patches: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.patches, self.error, self.refused = patches, error, 0
+        self.real = Learner.__init__
+        monkeypatch.setattr(Learner, "__init__", lambda learner, job: self.watched(learner, job))
+
+    def watched(self, learner: Learner, job: Job) -> None:
+        self.real(learner, job)
+        levels = learner.levels
+
+        def limited(images: torch.Tensor) -> list[torch.Tensor]:
+            if len(images) > self.patches and torch.is_grad_enabled():
+                self.refused += 1
+                raise self.error
+            return levels(images)
+
+        learner.levels = limited
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["gpu", "cpu", "python"])
+def test_too_little_memory_cuts_the_batch_and_learns_the_same(
+    make_job: Maker, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    plain, short = make_job("steps=2", "batch_size=4"), make_job("steps=2", "batch_size=4")
+    expected = fit(plain, by_steps(plain))
+    memory = Memory(1, error, monkeypatch)
+    state = fit(short, by_steps(short))
+    assert (state.pieces, memory.refused) == (4, 2), "in two, then in four, and no more is asked for"
+    assert state.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert load_state(short.checkpoint, job="job").pieces == 4
+    for key, value in expected.average.items():
+        assert torch.allclose(state.average[key], value, atol=2e-3), key
+
+
+def test_a_resumed_training_keeps_its_pieces_and_its_bits(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed, interrupted = make_job(), make_job()
+    memory = Memory(1, MemoryError(), monkeypatch)
+    whole = fit(undisturbed, by_steps(undisturbed))
+    assert memory.refused == 1
+    same(fit_with_stops(interrupted, {4}), whole)
+    assert memory.refused == 2, "the resumed process knows it"
+
+
+def test_no_memory_for_a_single_patch_says_what_to_lower(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    with pytest.raises(KilledError):
+        fit(job, by_steps(job), watch=stop_after(4))
+    kept = job.checkpoint.read_bytes()
+    with monkeypatch.context() as patch:
+        Memory(0, NO_MEMORY[1], patch)
+        with pytest.raises(TrainingError, match=r"out of memory: .* one patch of .*--set patch_size=\[") as caught:
+            fit(job, by_steps(job))
+    assert caught.value.code == "OUT_OF_MEMORY"
+    assert job.checkpoint.read_bytes() == kept
+    undisturbed = make_job()
+    same(fit(job, by_steps(job)), fit(undisturbed, by_steps(undisturbed)))
+
+
+def test_no_memory_for_a_validation_is_no_traceback(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+
+    def fails(*args: Any, **options: Any) -> torch.Tensor:
+        raise NO_MEMORY[1]
+
+    monkeypatch.setattr(loop, "slide", fails)
+    with pytest.raises(TrainingError, match="out of memory"):
+        fit(job, by_steps(job))
+
+
+def test_other_errors_of_torch_are_not_taken_for_memory(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    memory = Memory(0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), monkeypatch)
+    with pytest.raises(RuntimeError, match="mat1"):
+        fit(job, by_steps(job))
+    assert memory.refused == 1
 
 
 def stop_after(step: int) -> Callable[..., None]:

@@ -1,0 +1,34 @@
+"""What of a plan that was edited by hand cannot be meant."""
+
+from __future__ import annotations
+
+import math
+
+from medseg.errors import PlanError
+from medseg.planning.plan import Plan
+
+ROUND = 32
+"""Voxels to whose multiple the largest image is rounded up: no planned network halves an axis more than five times."""
+
+
+def refuse_large_patch(plan: Plan) -> None:
+    """Raise PlanError (PATCH_TOO_LARGE) where a patch is more than twice as long as the largest image along an axis.
+
+    A patch may be larger than an image (what lies outside is zero); far larger ones cost time and memory for nothing.
+    """
+    if plan.stored_axes:
+        return
+    letters = {letter: axis for axis, pair in enumerate(("RL", "AP", "SI")) for letter in pair}
+    largest = []
+    for place, letter in enumerate(plan.orientation):
+        axis = letters[letter]
+        size = plan.fingerprint.shapes[-1][axis] * plan.fingerprint.spacings[-1][axis] / plan.spacing[place]
+        largest.append(max(1, math.ceil(size - 1e-6)))
+    allowed = [ROUND * math.ceil(size / ROUND) for size in largest]
+    if any(have > 2 * most for have, most in zip(plan.patch_size[: plan.dimensions], allowed, strict=False)):
+        whole = [*allowed[: plan.dimensions], *[1] * (3 - plan.dimensions)]
+        raise PlanError(
+            f"patch_size {list(plan.patch_size)} is far larger than any image of the dataset: the largest have "
+            f"{'×'.join(map(str, largest))} voxels at the planned spacing; {whole} covers them all",
+            code="PATCH_TOO_LARGE",
+        )

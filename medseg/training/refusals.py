@@ -1,0 +1,43 @@
+"""What cannot be learnt from, said before time is spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medseg.display import Display
+from medseg.errors import TrainingError
+from medseg.planning.fingerprint import Fingerprint
+from medseg.spec import Case
+from medseg.training.folds import make_folds, the_fold
+from medseg.training.loop import Job
+from medseg.training.request import Request
+
+
+def refuse_too_few(cases: Sequence[Case], request: Request) -> None:
+    """Raise TrainingError where there are too few patients for the folds that are asked for, or no such fold."""
+    folds = make_folds(cases, folds=request.folds, seed=request.seed)
+    if request.fold is not None:
+        the_fold(folds, request.fold)
+
+
+def refuse_empty_training(jobs: Sequence[Job]) -> None:
+    """Raise TrainingError (NO_FOREGROUND) where none of the cases that a network learns from holds a label.
+
+    The prepared cases are asked, so that labels which vanished on the planned grid are noticed too.
+    """
+    for number, job in enumerate(jobs):
+        if not any(len(job.cache(case)["locations"]) for case in job.train):
+            fold = f" of fold {number}" if len(jobs) > 1 else ""
+            raise TrainingError(
+                f"none of the {len(job.train)} cases{fold} to learn from holds a label on the planned grid "
+                f"({', '.join(job.spec.foreground)}; spacing {job.plan.spacing}): nothing can be learnt. Add cases "
+                "that hold labels, use another --seed or --folds so that they are not all held out, or a finer spacing",
+                code="NO_FOREGROUND",
+            )
+
+
+def say_absent_labels(display: Display, fingerprint: Fingerprint) -> None:
+    """Say which labels no training case holds."""
+    absent = [label for label, cases in fingerprint.label_cases.items() if not cases]
+    if absent:
+        display.say(f"no training case holds {', '.join(absent)}: the model cannot learn what it has never seen")

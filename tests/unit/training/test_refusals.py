@@ -1,0 +1,119 @@
+"""What cannot be learnt from is refused with a clear word, before time is spent on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from rich.console import Console
+
+from medseg import api
+from medseg.display import Display
+from medseg.errors import PlanError, SpecError, TrainingError
+from medseg.planning.limits import refuse_large_patch
+from medseg.planning.plan import Measured
+from medseg.training import make_plan as make_plan_module
+
+Builder = Callable[..., Path]
+Make = Callable[..., Any]
+QUICK = ("batch_size=2", "validations=1", "test_mirroring=false", "network.options.features=[4,8,8]")
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measured(device="cpu", threads=1, step_seconds={"narrow fp32": 0.05})
+    monkeypatch.setattr(make_plan_module, "measure", lambda *args, **options: measured)
+
+
+def without(data: Path, case: str, *values: int) -> None:
+    """Take labels out of the mask of a case."""
+    file = data / "masks" / f"{case}.nii.gz"
+    image = nibabel.load(file)
+    mask = np.asarray(image.dataobj).copy()
+    mask[np.isin(mask, values)] = 0
+    nibabel.Nifti1Image(mask, image.affine).to_filename(file)
+
+
+def test_one_case_is_refused_before_anything_is_read_or_written(tmp_path: Path, tiny_dataset: Builder) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=1, test=0)
+    with pytest.raises(TrainingError, match=r"1 patient\(s\) to learn from; at least 2 are needed") as caught:
+        api.train(data, out=tmp_path / "run", steps=1)
+    assert caught.value.code == "TOO_FEW_PATIENTS"
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(TrainingError, match=r"3 patient\(s\) to learn from; at least 5"):
+        api.train(tiny_dataset(tmp_path / "three", cases=3, test=0), out=tmp_path / "run", steps=1, folds=5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_foreground_everywhere(tmp_path: Path, tiny_dataset: Builder) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=3, test=1)
+    for number in range(2):
+        without(data, f"c{number}", 1, 2)
+    words = r"none of the 2 training cases holds a voxel of a label \(ball = 1, box = 2\)"
+    for run in (
+        lambda: api.plan(data, steps=1),
+        lambda: api.train(data, out=tmp_path / "run", steps=1, settings=QUICK),
+    ):
+        with pytest.raises(SpecError, match=words) as caught:
+            run()
+        assert caught.value.code == "NO_FOREGROUND"
+
+
+def test_a_network_whose_own_cases_are_all_empty_is_refused(tmp_path: Path, tiny_dataset: Builder) -> None:
+    """Of two cases one is held out; whichever it is, the other network has nothing to learn from."""
+    data = tiny_dataset(tmp_path / "data", cases=2, test=0)
+    without(data, "c0", 1, 2)
+    with pytest.raises(TrainingError, match=r"none of the 1 cases of fold \d to learn from holds a label") as caught:
+        api.train(data, out=tmp_path / "run", steps=1, folds=2, settings=QUICK)
+    assert caught.value.code == "NO_FOREGROUND"
+
+
+def test_a_label_that_nobody_has_is_pointed_out(
+    tmp_path: Path, tiny_dataset: Builder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=3, test=0)
+    for number in range(3):
+        without(data, f"c{number}", 2)
+    api.train(data, out=tmp_path / "run", steps=1, settings=QUICK, display=Display(Console()))
+    assert "no training case holds box: the model cannot learn what it has never seen" in capsys.readouterr().out
+
+
+def test_a_patch_far_larger_than_the_images_is_refused(tmp_path: Path, tiny_dataset: Builder) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=3, test=0)
+    # 22 × 20 × 18 voxels at 1.5 × 1.5 × 2 mm
+    words = r"patch_size \[512, 24, 24\] is far larger than any image .*20×22×18 voxels .*; \[32, 32, 32\] covers"
+    for command in (api.plan, lambda *args, **options: api.train(*args, out=tmp_path / "run", **options)):
+        with pytest.raises(PlanError, match=words) as caught:
+            command(data, steps=1, settings=(*QUICK, "patch_size=[512,24,24]"))
+        assert caught.value.code == "PATCH_TOO_LARGE"
+    assert not (tmp_path / "run" / "3_plan.yaml").exists()
+
+
+def test_a_patch_that_is_a_little_larger_learns(tmp_path: Path, tiny_dataset: Builder) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=3, test=0)
+    settings = (*QUICK, "patch_size=[32,40,24]")
+    assert api.train(data, out=tmp_path / "run", steps=1, settings=settings).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("orientation", "patch", "fits"),
+    [("RAS", (64, 256, 832), True), ("SAR", (832, 256, 64), True), ("SAR", (64, 256, 832), False)],
+)
+def test_sizes_follow_the_axes(
+    make_spec: Make, make_plan: Make, make_fingerprint: Make, orientation: str, patch: Any, fits: bool
+) -> None:
+    fingerprint = make_fingerprint((20, 100, 400))
+    plan = make_plan(make_spec(), orientation=orientation, patch_size=patch, fingerprint=fingerprint)
+    if fits:
+        refuse_large_patch(plan)
+    else:
+        with pytest.raises(PlanError, match="400×100×20"):
+            refuse_large_patch(plan)
+    flat = plan.model_copy(update={"dimensions": 2, "patch_size": (*patch[:2], 1)})
+    refuse_large_patch(flat)
+    fine = plan.model_copy(update={"spacing": (0.05, 0.05, 0.05)})
+    refuse_large_patch(fine)
