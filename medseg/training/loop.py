@@ -78,8 +78,8 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
 
     Raises
     ------
-    TrainingError : the loss or its gradient is no number any more (LOSS_NOT_FINITE), or the loss exploded (DIVERGED); the
-        memory does not hold a single patch (OUT_OF_MEMORY); the checkpoint cannot be used.
+    TrainingError : the loss or its gradient is no number any more (LOSS_NOT_FINITE), or the loss exploded (DIVERGED);
+        the memory does not hold a single patch (OUT_OF_MEMORY); the checkpoint cannot be used.
     Stopped : the process was asked to stop; the checkpoint is written.
     """
     learner = Learner(job)

@@ -39,8 +39,8 @@ from medseg.training.loop import Job, fit
 from medseg.training.make_plan import make_plan
 from medseg.training.manifest import learning_cases, make_manifest
 from medseg.training.record import MANIFEST, complete_manifest, note_environment, recorded_threads
-from medseg.training.replay import compared, record_of, told, warning
 from medseg.training.refusals import refuse_empty_training, refuse_too_few, say_absent_labels
+from medseg.training.replay import compared, record_of, told, warning
 from medseg.training.request import Request, complete, open_run, read_json
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Followed, Schedule
 from medseg.training.state import LoopState, job_digest, load_state
