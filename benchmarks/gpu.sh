@@ -6,9 +6,9 @@
 #   benchmarks/gpu.sh --dry-run [PART...]        without a GPU: every part in its smallest form, to try this script
 #
 # Wheels are for TAG (cp312) on Linux; the versions are those of constraints.txt, torch and numpy the machine's own. The
-# small set (about 60 MB) is what training, prediction and evaluation of NIfTI need with --no-track; `full` is all that
-# medseg[test] needs. They are installed into SITE beside the machine's packages, which stay as they are: a venv made by
-# the python of a venv would not see that one's torch.
+# small set (73 MB; 31 MB with SKIP="scipy pillow", for a machine that has these) is what training, prediction and
+# evaluation of NIfTI need with --no-track; `full` is all that medseg[test] needs. They are installed into SITE beside the
+# machine's packages, which stay as they are: a venv made by the python of a venv would not see that one's torch.
 #
 #   DATA     folder with imagesTr and labelsTr of hippocampus (default ../shared/data/hippocampus)
 #   OUT      where results go (default gpu-results); small files only
@@ -24,27 +24,32 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 TAG=${TAG:-312}
-SMALL='annotated-doc annotated-types click contourpy cycler einops execnet filelock fonttools hypothesis iniconfig jinja2
-kiwisolver markdown-it-py markupsafe matplotlib mdurl monai nibabel packaging pillow pluggy psutil pydantic
-pydantic-core pydicom pygments pyparsing pytest python-dateutil pyyaml rich safetensors scipy shellingham six
-sortedcontainers typer typing-extensions typing-inspection'
+SKIP=${SKIP:-none}
+SMALL=(
+  annotated-doc annotated-types click contourpy cycler einops execnet filelock fonttools hypothesis iniconfig jinja2
+  kiwisolver markdown-it-py markupsafe matplotlib mdurl monai nibabel packaging pillow pluggy psutil pydantic
+  pydantic-core pydicom pygments pyparsing pytest python-dateutil pyyaml rich safetensors scipy shellingham six
+  sortedcontainers typer typing-extensions typing-inspection
+)
 
 say() { printf '\n== %s\n' "$*"; }
 
 # Fetch wheels named in constraints.txt, each alone: what they need stands in the list, and torch must not be among them.
 fetch() {
-  local folder=$1 kind=${2:-small} platforms=() lines
+  local folder=$1 kind=${2:-small} platforms=() lines=() pattern='.*'
   mkdir -p "$folder"
   for version in manylinux1 manylinux2010 manylinux2014 manylinux_2_{12,17,24,26,27,28,31,34,35,39}; do
     platforms+=(--platform "${version}_x86_64")
   done
-  lines=$(grep -Ev '^(#|torch=|triton=|numpy=|nvidia-)' "$root/constraints.txt")
-  if [ "$kind" = small ]; then
-    lines=$(grep -E "^($(echo $SMALL | tr ' ' '|'))==" <<<"$lines")
-  fi
+  [ "$kind" != small ] || pattern=$(IFS='|' && echo "(${SMALL[*]})")
+  mapfile -t lines < <(grep -Ev '^(#|torch=|triton=|numpy=|nvidia-)' "$root/constraints.txt" |
+    grep -E "^$pattern==" | grep -Ev "^(${SKIP// /|})==")
   "$PYTHON" -m pip download --disable-pip-version-check -q --no-deps --only-binary=:all: --python-version "$TAG" \
-    --implementation cp --abi "cp$TAG" --abi abi3 --abi none "${platforms[@]}" -d "$folder" $lines
+    --implementation cp --abi "cp$TAG" --abi abi3 --abi none "${platforms[@]}" -d "$folder" "${lines[@]}"
+  local built=yes
+  [ -e "$root/build" ] || built=''
   "$PYTHON" -m pip wheel --disable-pip-version-check -q --no-deps --no-build-isolation -w "$folder" "$root"
+  [ -n "$built" ] || rm -rf "$root/build"
   du -sh "$folder"
 }
 
