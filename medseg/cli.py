@@ -141,7 +141,8 @@ def plan(
         seed=seed,
         display=display(),
     )
-    say(f"{out}: {made.dimensions}-D, patch {made.patch_size}, {made.steps} steps expected")
+    told = f"{made.steps} steps expected" if budget else f"{made.steps} steps"
+    say(f"{out}: {made.dimensions}-D, spacing {made.spacing}, patch {made.patch_size}, {told}; the file says why")
 
 
 @app.command()

@@ -15,8 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from medseg.errors import PlanError
+from medseg.planning.budget import validations
 from medseg.planning.fingerprint import Fingerprint, tidy
 from medseg.planning.plan import Augmentation, Measured, NetworkPlan, Normalise, Plan, Spacing, Triple
+from medseg.planning.reasons import Chosen, reasons_of
 from medseg.spec import Channel, Spec
 
 PATCH_VOXELS = {("cpu", 3): 160_000, ("cpu", 2): 256 * 256, ("cuda", 3): 128**3, ("cuda", 2): 512 * 512}
@@ -248,7 +250,8 @@ def decide(
             "give a larger --budget"
         )
     mirror, why_mirror = _mirror_axes(spec, sketch)
-    predict = _prediction_seconds(sketch, seconds, cases=fingerprint.cases) * 2 ** len(mirror)
+    alone = _prediction_seconds(sketch, seconds, cases=fingerprint.cases)
+    predict = alone * 2 ** len(mirror)
     plan = Plan(
         dataset=spec.name,
         dimensions=sketch.dimensions,
@@ -267,7 +270,7 @@ def decide(
         averaging=round(1 - 1 / max(10.0, 0.03 * expected), 6),
         precision=precision,
         steps=expected,
-        validations=10,
+        validations=validations(training_seconds, alone, fingerprint.cases),
         overlap=0.5,
         test_mirroring=predict <= MIRROR_SECONDS,
         seed=seed,
@@ -275,38 +278,8 @@ def decide(
         measured=measured,
         fingerprint=fingerprint,
     )
-    reasons = {**sketch.reasons, **_reasons(plan, width, seconds, predict), "augmentation": why_mirror}
-    return plan, reasons
-
-
-def _reasons(plan: Plan, width: str, seconds: float, predict: float) -> dict[str, str]:
-    """Say why, in words for people; `seconds` is the time of a step, `predict` of a median case with mirroring."""
-    device = "" if plan.measured is None else f" ({plan.measured.device})"
-    expected = "Expected from the measured step time and the budget; the clock decides."
-    return {
-        "dataset": "Name in the spec.",
-        "normalisation": "CT holds Hounsfield units: clipped and scaled by the dataset's foreground. "
-        "Other images have no common scale: each by its own mean and deviation.",
-        "network": f"Width {width!r}: measured {seconds:.3f} s a step, {plan.steps} steps; a wider one would not get "
-        "the steps it needs. Axes are halved while they are long and fine enough.",
-        "loss": "Dice for the overlap that is scored, cross-entropy for gradients everywhere.",
-        "foreground_share": "At least this share of a batch holds a label, so that small ones are seen.",
-        "optimizer": "Reaches in tens of passes what plain gradient descent needs hundreds for.",
-        "learning_rate": "Full rate; it rises over the warm-up and falls to zero at the end. 2e-3 learnt less in 300 "
-        "steps than this in 200 (one seed, docs/decisions/0003).",
-        "weight_decay": "AdamW's usual value.",
-        "warmup": "Share of the training; without it the first steps of AdamW are too large.",
-        "averaging": "The weights that predict are a running average over about 3 % of the steps.",
-        "precision": f"The fastest measured on this machine{device}.",
-        "steps": "Asked for." if plan.budget_seconds is None else expected,
-        "validations": "Enough to see a curve and to choose the best, few enough to cost little.",
-        "overlap": "Of neighbouring windows; half a window is what nnU-Net uses.",
-        "test_mirroring": f"Predicting a median case with mirroring is expected to take {predict:.1f} s here.",
-        "seed": "Asked for, or 0: the same seed makes the same choices.",
-        "budget_seconds": "Asked for: wall time of the whole command (null for a run by steps).",
-        "measured": "Step times of each candidate on this machine, in seconds.",
-        "fingerprint": "What the dataset is; the plan follows from it.",
-    }
+    chosen = Chosen(width, list(sketch.widths), seconds, predict, training_seconds, sketch.voxels)
+    return plan, {**sketch.reasons, **reasons_of(plan, chosen), "augmentation": why_mirror}
 
 
 def _prediction_seconds(sketch: Draft, step_seconds: float, *, cases: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from medseg.errors import PlanError
+from medseg.planning.budget import learning_seconds, refuse_small_budget
 from medseg.planning.coarsening import coarsening
 from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.limits import refuse_large_patch
@@ -28,7 +29,7 @@ def make_plan(
     """Measure step times here and plan for a request; returns the plan and the reason of each value."""
     spec = dataset.spec
     folds = 1 if request.fold is not None else (request.folds or 1)
-    learning = request.budget * 0.9 / folds if request.budget else None
+    learning = learning_seconds(request.budget, folds) if request.budget else None
     dimensions, settings = _forced(request.settings, "dimensions")
     if dimensions not in (None, "2", "3"):
         raise PlanError(f"--set dimensions={dimensions}: 2 or 3 are allowed")
@@ -38,7 +39,10 @@ def make_plan(
     sketch = draft(spec, fingerprint, device=device.type, dimensions=forced)
     measuring = _Measuring(spec, device, network, request.budget, learning, assume=request.deterministic)
     sketch, measured = measuring(sketch)
-    choice = coarsening(spec, fingerprint, sketch, min(measured.step_seconds.values()), learning)
+    fastest = min(measured.step_seconds.values())
+    if request.budget:
+        refuse_small_budget(request.budget, folds, fastest)
+    choice = coarsening(spec, fingerprint, sketch, fastest, learning)
     if choice.factor > 1:
         coarse = draft(
             spec,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from medseg.display import Display
 from medseg.errors import TrainingError
+from medseg.planning.budget import refuse_small_budget
 from medseg.planning.fingerprint import Fingerprint
 from medseg.spec import Case
 from medseg.training.folds import make_folds, the_fold
@@ -14,7 +15,15 @@ from medseg.training.request import Request
 
 
 def refuse_too_few(cases: Sequence[Case], request: Request) -> None:
-    """Raise TrainingError where there are too few patients for the folds that are asked for, or no such fold."""
+    """Raise where there are too few patients, or too little time, before anything is read.
+
+    Raises
+    ------
+    TrainingError : too few patients for the folds that are asked for (TOO_FEW_PATIENTS), or no such fold.
+    PlanError : the budget leaves no time at all to learn (BUDGET_TOO_SMALL).
+    """
+    if request.budget:
+        refuse_small_budget(request.budget, 1, 0.0)
     folds = make_folds(cases, folds=request.folds, seed=request.seed)
     if request.fold is not None:
         the_fold(folds, request.fold)

@@ -26,6 +26,7 @@ from medseg.errors import ConfigError, PlanError, TrainingError
 from medseg.files import sweep, write_json
 from medseg.losses import LOSSES
 from medseg.parallel import added, joined
+from medseg.planning.budget import duration
 from medseg.planning.fingerprint import CaseFacts, Fingerprint, survey
 from medseg.planning.limits import refuse_large_patch
 from medseg.planning.plan import Plan, override, read_plan, write_plan
@@ -347,7 +348,9 @@ class _Work:
         if self.request.budget and spent >= self.request.budget and not any(job.checkpoint.exists() for job in jobs):
             raise TrainingError(
                 f"the budget of {clock(self.request.budget)} was over before the first step: reading, measuring and "
-                f"preparing took {clock(spent)} on this machine; give a larger --budget and another --out"
+                f"preparing took {clock(spent)} on this machine; give --budget {duration(2 * spent + FINISH_SECONDS)} "
+                "or more, and another --out",
+                code="BUDGET_TOO_SMALL",
             )
 
 

@@ -281,11 +281,13 @@ def test_every_decision_has_a_reason(make_spec: Make, make_fingerprint: Make) ->
     plan, reasons = plan_for(make_spec(), make_fingerprint())
     assert set(reasons) <= set(Plan.model_fields)
     assert {"spacing", "patch_size", "network", "augmentation", "steps", "test_mirroring"} <= set(reasons)
-    assert reasons["steps"] == "Asked for."
+    assert reasons["steps"].startswith("Asked for; every voxel of the dataset is seen about ")
     assert plan.steps == 100
     by_clock = plan_for(make_spec(), make_fingerprint(), budget_seconds=70.0, training_seconds=60.0, steps=None)
     assert by_clock[0].steps == 600
-    assert "the clock decides" in by_clock[1]["steps"]
+    words = by_clock[1]["steps"]
+    assert "of 70s, about 60s are left for the training of a network, at 0.100 s a step (measured)" in words
+    assert "The clock decides" in words
 
 
 @pytest.mark.parametrize("steps", [1, 10, 400, 100_000])

@@ -82,6 +82,19 @@ def test_a_label_that_nobody_has_is_pointed_out(
     assert "no training case holds box: the model cannot learn what it has never seen" in capsys.readouterr().out
 
 
+def test_budgets_that_teach_nothing_are_refused_early(tmp_path: Path, tiny_dataset: Builder) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=3, test=0)
+    with pytest.raises(PlanError, match="--budget 5s: starting and finishing take about 10 s") as caught:
+        api.train(data, out=tmp_path / "run", budget="5s")
+    assert caught.value.code == "BUDGET_TOO_SMALL"
+    assert not (tmp_path / "run").exists(), "before anything is read"
+    words = r"--budget 11s leaves 1 s to learn, \d+ steps of 0\.05 s .*At least 50 steps need --budget 13s"
+    for command in (api.plan, lambda *args, **options: api.train(*args, out=tmp_path / "run", **options)):
+        with pytest.raises(PlanError, match=words):
+            command(data, budget="11s", settings=QUICK)
+    assert not (tmp_path / "run" / "3_plan.yaml").exists()
+
+
 def test_a_patch_far_larger_than_the_images_is_refused(tmp_path: Path, tiny_dataset: Builder) -> None:
     data = tiny_dataset(tmp_path / "data", cases=3, test=0)
     # 22 × 20 × 18 voxels at 1.5 × 1.5 × 2 mm
