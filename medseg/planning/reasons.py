@@ -74,6 +74,6 @@ def _steps(plan: Plan, chosen: Chosen) -> str:
         return f"Asked for; {passes}."
     return (
         f"Expected: of {duration(plan.budget_seconds)}, about {duration(chosen.training)} are left for the training of "
-        f"a network, at {chosen.seconds:.3f} s a step (measured); {passes}. The clock decides: where other programs slow the "
-        "machine down, fewer are done and the rate still ends at zero."
+        f"a network, at {chosen.seconds:.3f} s a step (measured); {passes}. The clock decides: where other programs "
+        "slow the machine down, fewer are done and the rate still ends at zero."
     )
