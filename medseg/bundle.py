@@ -29,6 +29,7 @@ from medseg.files import digest, file_digest, write_atomically, write_text
 from medseg.networks import build_network
 from medseg.nnunet import Foreign, is_nnunet, read_nnunet
 from medseg.planning.plan import Plan
+from medseg.quality.model import QualityModel
 from medseg.spec import Spec, spec_digest
 from medseg.targets import channel_names
 
@@ -110,6 +111,7 @@ class BundleInfo(Config):
     calibration : of its probabilities; None where they are the network's own.
     previous : digest of the first stage of a cascade, whose mask the networks are given beside the image.
     members : of an ensemble of configurations: their probabilities, each with its own temperature, are averaged.
+    quality : what tells how good its masks are; None where there were too few cases, and in bundles of before.
     """
 
     format: int
@@ -125,6 +127,7 @@ class BundleInfo(Config):
     calibration: Calibration | None = None
     previous: str | None = None
     members: tuple[Member, ...] = ()
+    quality: QualityModel | None = None
 
     @property
     def temperature(self) -> float:
@@ -133,7 +136,7 @@ class BundleInfo(Config):
 
     @property
     def digest(self) -> str:
-        """SHA-256 that names the model: weights, plan, spec; steps, temperature, first stage, members if it has any."""
+        """SHA-256 that names the model: weights, plan, spec; of what else may be here what it has."""
         parts: list[Any] = [self.weights, self.plan.digest, spec_digest(self.spec)]
         if self.postprocess:
             parts.append([step.model_dump(mode="json") for step in self.postprocess])
@@ -143,6 +146,8 @@ class BundleInfo(Config):
             parts.append({"previous": self.previous})
         if self.members:
             parts.append({"members": [member.digest for member in self.members]})
+        if self.quality is not None:
+            parts.append({"quality": self.quality.model_dump(mode="json")})
         return digest(parts)
 
     def _mirrored(self, mirror: bool | None) -> bool | str:

@@ -39,6 +39,9 @@ def _print_batch(result: Any) -> None:
             )
     done = len(result.select("done"))
     say(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}")
+    judged = [entry for entry in result.entries if entry.review is not None]
+    if judged:
+        say(f"{sum(entry.review for entry in judged)} of {len(judged)} should be looked at (column review says why)")
 
 
 def print_scores(result: Any) -> None:

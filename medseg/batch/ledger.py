@@ -37,6 +37,9 @@ class Entry(Config):
     outputs : file name in OUT -> SHA-256.
     volumes_ml : label -> mL (for pictures, pixels).
     notes : what the reader remarked.
+    expected_dice : label -> Dice to expect (see medseg.quality); labels of which nothing can be said are left out.
+    review : whether a person should look at the mask; None where the model has no estimate of quality.
+    review_reasons : why, in words.
     correction : how a corrected series lay, and the steps it was brought to.
     """
 
@@ -49,6 +52,9 @@ class Entry(Config):
     outputs: dict[str, str] = Field(default_factory=dict)
     volumes_ml: dict[str, float] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    expected_dice: dict[str, float] = Field(default_factory=dict)
+    review: bool | None = None
+    review_reasons: tuple[str, ...] = ()
     correction: dict[str, str] = Field(default_factory=dict)
 
 

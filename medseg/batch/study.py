@@ -19,7 +19,8 @@ from medseg.exporters import EXPORTERS
 from medseg.exporters.nifti import write_nifti
 from medseg.exporters.result import DICOM_ONLY, PICTURES_ONLY, Result
 from medseg.files import file_digest
-from medseg.inference.predict import Model, predict_soft, predict_volume
+from medseg.inference.predict import Model, predict_case
+from medseg.quality.apply import Quality
 from medseg.readers.dicom_regular import FIGURES
 from medseg.readers.dicom_series import read_series
 from medseg.readers.picture import is_picture
@@ -97,13 +98,9 @@ def _segment(
     image = read_study(study, spec)
     refuse_constant(image, spec)
     tell("predicting")
-    soft = None
-    if any(EXPORTERS[name].soft for name in formats):
-        mask, soft = predict_soft(model, image, mirror=mirror)
-    else:
-        mask = predict_volume(model, image, mirror=mirror)
+    found = predict_case(model, image, mirror=mirror, soft=any(EXPORTERS[name].soft for name in formats))
     tell("writing")
-    placed = place(Result(mask, spec, entry.model_digest, image, study.series, soft), study.allow)
+    placed = place(Result(found.mask, spec, entry.model_digest, image, study.series, found.soft), study.allow)
     outputs, notes = _write(placed, formats, ledger.out, study.id)
     return entry.model_copy(
         update={
@@ -111,9 +108,17 @@ def _segment(
             "outputs": outputs,
             "volumes_ml": volumes(spec, placed.nifti.on_image),
             "notes": (*image.notes, *notes),
+            **_judged(found.quality),
             "correction": {key: image.meta[key] for key in FIGURES if key in image.meta},
         }
     )
+
+
+def _judged(quality: Quality | None) -> dict[str, object]:
+    """Return what an entry says of the quality; nothing where the model says nothing."""
+    if quality is None:
+        return {}
+    return {"expected_dice": quality.dice, "review": quality.review, "review_reasons": quality.reasons}
 
 
 def _with_earlier(formats: Sequence[str], study: StudyInput, ledger: Ledger) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from medseg.batch.locks import alone
 from medseg.files import write_text
 from medseg.spec import Spec
 
+REVIEW = {None: "", True: "yes", False: "no"}
 PAGE = Path("journal") / "summary.html"
 
 
@@ -32,17 +33,29 @@ def write_summary(out: Path, spec: Spec) -> None:
         counts = Counter(entry.state for entry in entries)
         reasons = Counter((entry.state, entry.code) for entry in entries if entry.code).most_common()
         rows = [(entry, ledger.facts(entry.id)) for entry in entries]
-        values = {"rows": rows, "labels": list(spec.foreground), "unit": unit, "counts": counts, "reasons": reasons}
+        values: dict[str, object] = {"rows": rows, "labels": list(spec.foreground), "unit": unit, "counts": counts, "reasons": reasons}
+        values["to_review"] = sum(entry.review is True for entry in entries)
+        values["judged"] = any(entry.review is not None for entry in entries)
         write_text(out / PAGE, render("batch.html", model=spec.name, **values))
 
 
 def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
-    """Return a table of studies: id, state, code, message, notes and the volume of each label."""
+    """Return a table of studies: id, state, code, message, notes and the volume of each label.
+
+    Where the model estimates quality, also the expected Dice of each label, whether a person should look at it, and why.
+    """
     unit = "ml" if spec.unit == "mm" else "pixels"
+    judged = any(entry.review is not None for entry in entries)
+    names = [*(f"{name}_{unit}" for name in spec.foreground)]
+    if judged:
+        names += [*(f"{name}_expected_dice" for name in spec.foreground), "review", "review_reasons"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "state", "code", "message", "notes", *(f"{name}_{unit}" for name in spec.foreground)])
+    writer.writerow(["id", "state", "code", "message", "notes", *names])
     for entry in entries:
-        row = [entry.volumes_ml.get(name, "") for name in spec.foreground]
+        row: list[object] = [entry.volumes_ml.get(name, "") for name in spec.foreground]
+        if judged:
+            row += [entry.expected_dice.get(name, "") for name in spec.foreground]
+            row += [REVIEW[entry.review], "; ".join(entry.review_reasons)]
         writer.writerow([entry.id, entry.state, entry.code, entry.message, " ".join(entry.notes), *row])
     return text.getvalue()

@@ -16,11 +16,13 @@ from medseg.device import best_device
 from medseg.errors import BundleError
 from medseg.inference.labels import Key, paint
 from medseg.inference.postprocess import postprocess, require_steps
-from medseg.inference.sliding_window import joined, planes, window_logits
+from medseg.inference.sliding_window import joined, mirrorings, planes, window_logits
 from medseg.inference.way_back import seen, ways_back
 from medseg.inference.windows import Layout, layout
 from medseg.preparation.path import prediction_path
 from medseg.preparation.preprocess import Step, as_meta_tensor, restore
+from medseg.quality.apply import Quality, estimate
+from medseg.quality.signs import Notes, make_notes
 from medseg.targets import background_logits, decode, label_type, mean_logits, probabilities
 from medseg.volume import Volume
 
@@ -90,18 +92,75 @@ def ruled(bundle: Bundle, file: Path) -> Bundle:
 
 
 def unprocessed(bundle: Bundle) -> Bundle:
-    """Return a bundle that leaves its masks as the network made them; it has another digest if that differs."""
-    return replace(bundle, info=bundle.info.model_copy(update={"postprocess": ()}))
+    """Return a bundle that leaves its masks as the network made them; it has another digest if that differs.
+
+    Its quality estimate is of post-processed masks, so that it goes with the steps.
+    """
+    if not bundle.info.postprocess:
+        return bundle
+    return replace(bundle, info=bundle.info.model_copy(update={"postprocess": (), "quality": None}))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image.
+
+    Attributes
+    ----------
+    mask : as `predict_volume` returns it.
+    soft : as `predict_soft` returns it, where asked for.
+    quality : what Dice to expect, and whether a person should look; None where the bundle has no estimate, or none
+        for this way of mirroring.
+    """
+
+    mask: Volume
+    soft: Volume | None = None
+    quality: Quality | None = None
+
+
+def predict_case(model: Model, image: Volume, *, mirror: bool | None = None, soft: bool = False) -> Prediction:
+    """Segment one image; parameters and errors as for `predict_volume`.
+
+    The estimate of quality asks the networks nothing more than the mask does.
+    """
+    notes = _wanted_notes(model, mirror)
+    if soft:
+        mask, chances = predict_soft(model, image, mirror=mirror, notes=notes)
+    else:
+        mask, chances = predict_volume(model, image, mirror=mirror, notes=notes), None
+    fitted = model.bundle.info.quality
+    quality = None if notes is None or fitted is None else estimate(fitted, notes.signs(mask))
+    return Prediction(mask, chances, quality)
+
+
+def _wanted_notes(model: Model, mirror: bool | None) -> Notes | None:
+    """Return empty notes where the bundle can estimate the quality of what is to be predicted."""
+    plan, quality = model.bundle.info.plan, model.bundle.info.quality
+    mirrored = plan.test_mirroring if mirror is None else mirror
+    if quality is None or quality.mirror != mirrored or model.members:
+        return None
+    return notes_for(model, mirror=mirrored)
+
+
+def notes_for(model: Model, *, mirror: bool) -> Notes:
+    """Return empty notes for one image."""
+    info = model.bundle.info
+    passes = len(mirrorings(info.plan, mirror=mirror))
+    return make_notes(info.spec, networks=len(model.networks), passes=passes)
 
 
 @torch.inference_mode()
-def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -> Volume:
+def predict_volume(
+    model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None
+) -> Volume:
     """Segment one image, plane by plane: the logits of the whole are never in memory (docs/explanation/streaming.md).
 
     Parameters
     ----------
     image : (channels, I, J, K) with the channels of the model's spec.
     mirror : average over mirrored inputs; unless told, as the plan says.
+    notes : are filled with what the prepared image is like, and what each pass says; not for ensembles of
+        configurations.
 
     Returns
     -------
@@ -116,17 +175,22 @@ def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None) -
     if model.members:
         mask = decode(info.spec, predict_logits(model, image, mirror=mirror)).numpy()
         return postprocess(image.with_array(mask), info.postprocess, info.spec)
-    prepared, steps = _prepared(model, image, mirror)
+    prepared, steps = _prepared(model, image, mirror, notes)
     mask = np.zeros((1, *image.shape), label_type(info.spec))
     where = layout(prepared.shape[1:], info.plan)
     paint(
-        _planes(model, prepared, where, mirror), ways_back(steps, where), Key.of(info.spec), seen(mask[0], steps, where)
+        _planes(model, prepared, where, mirror, notes),
+        ways_back(steps, where),
+        Key.of(info.spec),
+        seen(mask[0], steps, where),
     )
     return postprocess(image.with_array(mask), info.postprocess, info.spec)
 
 
 @torch.inference_mode()
-def predict_soft(model: Model, image: Volume, *, mirror: bool | None = None) -> tuple[Volume, Volume]:
+def predict_soft(
+    model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None
+) -> tuple[Volume, Volume]:
     """Segment one image like `predict_volume`, and keep what the network thinks of each voxel.
 
     Returns
@@ -137,7 +201,7 @@ def predict_soft(model: Model, image: Volume, *, mirror: bool | None = None) -> 
         beside the logits of the same size, on the grid of the image. They are the network's, with the temperature of
         the bundle: post-processing does not change them.
     """
-    logits = predict_logits(model, image, mirror=mirror)
+    logits = predict_logits(model, image, mirror=mirror, notes=notes)
     info = model.bundle.info
     soft = probabilities(info.spec, logits, temperature=info.temperature)
     mask = image.with_array(decode(info.spec, logits).numpy())
@@ -145,7 +209,9 @@ def predict_soft(model: Model, image: Volume, *, mirror: bool | None = None) -> 
 
 
 @torch.inference_mode()
-def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -> Tensor:
+def predict_logits(
+    model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None
+) -> Tensor:
     """Return the logits (K, I, J, K') on the grid of the image, all at once; raises as `predict_volume`.
 
     Those of an ensemble stand for the mean of its members' probabilities (see `medseg.targets.mean_logits`).
@@ -153,13 +219,15 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None) -
     if model.members:
         return ensemble_logits(model.members, image, mirror=mirror)
     info = model.bundle.info
-    prepared, steps = _prepared(model, image, mirror)
+    prepared, steps = _prepared(model, image, mirror, notes)
     where = layout(prepared.shape[1:], info.plan)
-    logits = joined((plane.cpu() for plane in _planes(model, prepared, where, mirror)), where)
+    logits = joined((plane.cpu() for plane in _planes(model, prepared, where, mirror, notes)), where)
     return restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
 
 
-def _prepared(model: Model, image: Volume, mirror: bool | None) -> tuple[Tensor, tuple[Step, ...]]:
+def _prepared(
+    model: Model, image: Volume, mirror: bool | None, notes: Notes | None
+) -> tuple[Tensor, tuple[Step, ...]]:
     """Return what the network is given (channels, I, J, K), on the device, and the steps that lead back."""
     plan, spec = model.bundle.info.plan, model.bundle.info.spec
     if image.array.shape[0] != len(spec.channels):
@@ -174,17 +242,23 @@ def _prepared(model: Model, image: Volume, mirror: bool | None) -> tuple[Tensor,
         data["previous"] = as_meta_tensor(predict_volume(model.previous, image, mirror=mirror))
     data = prediction_path(plan)(data)
     prepared = data["image"].as_tensor()
+    if notes is not None:
+        spacing = np.linalg.norm(np.asarray(data["image"].affine)[:3, :3], axis=0)
+        notes.look(prepared, spacing.tolist(), image)
     if model.previous is not None:
         labels = torch.tensor(list(spec.foreground.values())).reshape(-1, 1, 1, 1)
         prepared = torch.cat([prepared, (data["previous"].as_tensor() == labels).float()])
     return prepared.to(model.device), data["steps"]
 
 
-def _planes(model: Model, prepared: Tensor, where: Layout, mirror: bool | None) -> Iterator[Tensor]:
+def _planes(
+    model: Model, prepared: Tensor, where: Layout, mirror: bool | None, notes: Notes | None
+) -> Iterator[Tensor]:
     """Yield the planes of logits; raises as `predict_volume`."""
     plan = model.bundle.info.plan
     mirror = plan.test_mirroring if mirror is None else mirror
-    for plane in planes(prepared, window_logits(model.networks, plan, mirror=mirror), where):
+    witness = None if notes is None else notes.witness
+    for plane in planes(prepared, window_logits(model.networks, plan, mirror=mirror, witness=witness), where):
         if not torch.isfinite(plane).all():
             raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
         yield plane

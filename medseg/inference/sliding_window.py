@@ -17,21 +17,33 @@ from torch import Tensor, nn
 from medseg.device import autocast
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
+from medseg.quality.witness import Witness
 
 Predictor = Callable[[Tensor], Tensor]
 Range = tuple[int, int]
 
 
-def window_logits(networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Predictor:
-    """Return windows (B, C, *patch) -> logits (B, K, *patch): the mean over networks and mirrorings."""
-    flat = plan.dimensions == 2
+def mirrorings(plan: Plan, *, mirror: bool) -> list[tuple[int, ...]]:
+    """Return the axes along which each pass of a network is mirrored; the first pass is not."""
     axes = plan.augmentation.mirror_axes if mirror else ()
-    flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
+    return [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
+
+
+def window_logits(
+    networks: Sequence[nn.Module], plan: Plan, *, mirror: bool, witness: Witness | None = None
+) -> Predictor:
+    """Return windows (B, C, *patch) -> logits (B, K, *patch): the mean over networks and mirrorings.
+
+    `witness` is shown the logits of every pass.
+    """
+    flat = plan.dimensions == 2
+    flips = mirrorings(plan, mirror=mirror)
 
     def predict(windows: Tensor) -> Tensor:
         if flat:
             windows = windows[..., 0]
         total: Tensor | None = None
+        watched = None if witness is None else witness.window()
         for network, flip in itertools.product(networks, flips):
             dims = [axis + 2 for axis in flip]
             with autocast(windows.device.type, plan.precision):
@@ -39,6 +51,10 @@ def window_logits(networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) ->
             logits = logits.float().flip(dims) if dims else logits.float()
             # Not in place: a network may hand back a tensor that is still in use.
             total = logits if total is None else total + logits
+            if watched is not None:
+                watched.add(logits)
+        if witness is not None and watched is not None:
+            witness.take(watched)
         assert total is not None
         total = total / (len(networks) * len(flips))
         return total[..., None] if flat else total
@@ -67,10 +83,12 @@ def sparing(predict: Predictor) -> Predictor:
 
 
 @torch.inference_mode()
-def slide(image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool) -> Tensor:
+def slide(
+    image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool, witness: Witness | None = None
+) -> Tensor:
     """Return all logits (K, I, J, K') of a prepared image (C, I, J, K') at once: 4 K bytes a voxel, beside the slab."""
     where = layout(image.shape[1:], plan)
-    return joined(planes(image, window_logits(networks, plan, mirror=mirror), where), where)
+    return joined(planes(image, window_logits(networks, plan, mirror=mirror, witness=witness), where), where)
 
 
 def joined(found: Iterable[Tensor], where: Layout) -> Tensor:
