@@ -33,7 +33,8 @@ def write_summary(out: Path, spec: Spec) -> None:
         counts = Counter(entry.state for entry in entries)
         reasons = Counter((entry.state, entry.code) for entry in entries if entry.code).most_common()
         rows = [(entry, ledger.facts(entry.id)) for entry in entries]
-        values: dict[str, object] = {"rows": rows, "labels": list(spec.foreground), "unit": unit, "counts": counts, "reasons": reasons}
+        values: dict[str, object] = {"rows": rows, "labels": list(spec.foreground), "unit": unit, "counts": counts}
+        values["reasons"] = reasons
         values["to_review"] = sum(entry.review is True for entry in entries)
         values["judged"] = any(entry.review is not None for entry in entries)
         write_text(out / PAGE, render("batch.html", model=spec.name, **values))
@@ -42,7 +43,7 @@ def write_summary(out: Path, spec: Spec) -> None:
 def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
     """Return a table of studies: id, state, code, message, notes and the volume of each label.
 
-    Where the model estimates quality, also the expected Dice of each label, whether a person should look at it, and why.
+    Where the model estimates quality, also the Dice to expect of each label, whether a person should look, and why.
     """
     unit = "ml" if spec.unit == "mm" else "pixels"
     judged = any(entry.review is not None for entry in entries)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from medseg.quality.apply import deviation, image_numbers, ridge_row
 from medseg.quality.clouds import fit_cloud, left_out, strangest
 from medseg.quality.model import Cloud, LabelQuality, QualityModel, tidy
-from medseg.quality.ridge import expected_dice, fit_ridge
+from medseg.quality.ridge import expected_dice, fit_ridge, mean_logit
 from medseg.quality.shape import Shapes
 from medseg.quality.signs import Signs
 
@@ -218,11 +218,20 @@ def _volume_only(rows: Mapping[int, Numbers]) -> dict[int, dict[str, float]]:
 
 
 def _cross_fit(rows: Mapping[int, Numbers], dice: Mapping[int, float], groups: Sequence[int]) -> Cells:
-    """Return what each case is expected to have by a fit without its group."""
+    """Return what each case is expected to have by a fit without its group.
+
+    The general level is that of all cases, and only what tells cases apart is fitted anew: the mean of the others is
+    low exactly where a case is high, so that signs that know nothing would seem to know the opposite.
+    """
     found: Cells = {}
+    whole = fit_ridge(list(rows.values()), list(dice.values()))
+    level = mean_logit(dice.values())
     for group in sorted({groups[i] for i in rows}):
         rest = [i for i in rows if groups[i] != group]
-        ridge = fit_ridge([rows[i] for i in rest], [dice[i] for i in rest])
+        others = {i: dice[i] for i in rest}
+        ridge = fit_ridge([rows[i] for i in rest], list(others.values()))
+        intercept = ridge.intercept + level - mean_logit(others.values())
+        ridge = ridge.model_copy(update={"intercept": intercept, "residuals": whole.residuals})
         found |= {i: expected_dice(ridge, rows[i]) for i in rows if groups[i] == group}
     return found
 
@@ -232,4 +241,4 @@ def _lowest(scores: Sequence[float]) -> float | None:
     if not scores:
         return None
     count = max(1, round(REVIEW_SHARE * len(scores)))
-    return tidy(sorted(scores)[count - 1] + 1e-9)
+    return sorted(scores)[count - 1]

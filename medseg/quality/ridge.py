@@ -6,7 +6,7 @@ Dice, not its median, is wanted back: the inverse logit is averaged over the res
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,11 @@ def fit_ridge(rows: Sequence[Numbers], dice: Sequence[float]) -> Ridge:
         residuals=_tidied(np.percentile(errors[penalty], QUANTILES)),
         penalty=penalty,
     )
+
+
+def mean_logit(dice: Iterable[float]) -> float:
+    """Return the level about which `fit_ridge` fits."""
+    return float(np.mean([logit(one, edge=EDGE) for one in dice]))
 
 
 def _left_out(left: Floats, sizes: Floats, inner: Floats, target: Floats, penalty: float) -> Floats:

@@ -11,15 +11,27 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from medseg.bundle import BUNDLE_FORMAT, Bundle, BundleInfo, Calibration, load_networks, save_bundle, versions
+from medseg.bundle import (
+    BUNDLE_FORMAT,
+    Bundle,
+    BundleInfo,
+    Calibration,
+    PostStep,
+    load_networks,
+    save_bundle,
+    versions,
+)
 from medseg.display import Display
 from medseg.evaluation.evaluate import dataset_reference, evaluate_against
 from medseg.evaluation.table import make_evaluation, write_evaluation
 from medseg.exporters.nifti import write_nifti
 from medseg.files import write_atomically, write_json, write_text
-from medseg.inference.predict import Model, predict_logits
+from medseg.inference.predict import Model, notes_for, predict_logits
 from medseg.planning.plan import Plan
 from medseg.plots import colours_for, curves_png, three_planes_png
+from medseg.quality.model import QualityModel
+from medseg.quality.page import write_quality
+from medseg.quality.shape import label_shapes
 from medseg.readers.nifti import read_nifti
 from medseg.spec import Case, Dataset, Spec
 from medseg.studies import read_study
@@ -28,6 +40,8 @@ from medseg.tracking import Tracker
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.drawn import write_drawn
 from medseg.training.loop import Job, Learner
+from medseg.training.quality import Seen, fit_seen
+from medseg.training.quality import told as quality_told
 from medseg.training.state import LoopState
 from medseg.training.temperature import VoxelSample
 from medseg.volume import Volume, reorient, shown_axes
@@ -75,9 +89,11 @@ def finish_run(
     steps, evidence = scored.trial.choose()
     calibration = scored.sample.fit()
     info = make_info(jobs, states, dataset_digest, tracker.run_id)
-    update = {"training": {**info.training, "dice": scored.dice}, "postprocess": steps, "calibration": calibration}
-    bundle = save_bundle(out / "6_model", info.model_copy(update=update), weights_of(states))
     report = out / "7_report"
+    quality = _judge(jobs, scored, steps, report, display)
+    training = {**info.training, "dice": scored.dice}
+    update = {"training": training, "postprocess": steps, "calibration": calibration, "quality": quality}
+    bundle = save_bundle(out / "6_model", info.model_copy(update=update), weights_of(states))
     write_text(report / "postprocess.csv", evidence_csv(evidence))
     display.say(told(steps, scored.trial, folds=len(jobs)))
     if calibration is not None:
@@ -108,6 +124,17 @@ def _calibrated(found: Calibration) -> str:
         f"calibration: temperature {found.temperature:g}, expected calibration error {found.ece_before:.4f} before, "
         f"{found.ece_after:.4f} after ({found.voxels} voxels of {found.cases} cases)"
     )
+
+
+def _judge(
+    jobs: Sequence[Job], scored: _Scored, steps: Sequence[PostStep], report: Path, display: Display
+) -> QualityModel | None:
+    """Fit what will say how good a mask is, and write how well it does on cases that it has not seen."""
+    spec, plan = jobs[0].spec, jobs[0].plan
+    fitted = fit_seen(scored.seen, spec, steps, scored.case_dice, folds=len(jobs), mirror=plan.test_mirroring)
+    summary = None if fitted is None else write_quality(report, fitted, seed=plan.seed)
+    display.say(quality_told(summary, cases=len(scored.seen)))
+    return None if fitted is None else fitted.model
 
 
 def make_info(
@@ -152,12 +179,17 @@ def _number(job: Job) -> int:
 
 @dataclass
 class _Scored:
-    """What the validation cases have told so far; `rows` are those of the tracked table."""
+    """What the validation cases have told so far; `rows` are those of the tracked table.
+
+    `case_dice` is label -> case id -> Dice, `seen` what was noted of each case.
+    """
 
     trial: StepTrial
     sample: VoxelSample
     dice: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+    case_dice: dict[str, dict[str, float]] = field(default_factory=dict)
     predicting: float = 0.0
     trying: float = 0.0
 
@@ -199,8 +231,8 @@ def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display:
     write_evaluation(whole, out / "7_report")
     write_text(out / "7_report" / "folds.csv", "\n".join(["case,fold", *folds]) + "\n")
     scored.rows = [asdict(row) for row in rows]
-    means = {label: list(whole.values("dice", label).values()) for label in spec.foreground}
-    scored.dice = {label: float(np.mean(values)) for label, values in means.items() if values}
+    scored.case_dice = {label: whole.values("dice", label) for label in spec.foreground}
+    scored.dice = {label: float(np.mean(list(rows.values()))) for label, rows in scored.case_dice.items() if rows}
     return scored
 
 
@@ -209,11 +241,14 @@ def _score_case(model: Model, case: Case, place: Path, scored: _Scored, *, hurry
     spec = model.bundle.info.spec
     study = read_study(spec, case)
     began = time.monotonic()
-    logits = predict_logits(model, study.image)
+    notes = notes_for(model, mirror=model.bundle.info.plan.test_mirroring)
+    logits = predict_logits(model, study.image, notes=notes)
     mask = study.image.with_array(decode(spec, logits).numpy())
-    write_nifti(place / f"{case.id}.nii.gz", mask)
+    file = place / f"{case.id}.nii.gz"
+    write_nifti(file, mask)
     scored.predicting += time.monotonic() - began
     assert study.mask is not None, "cases without a mask do not learn"
+    scored.seen.append(Seen(case, file, notes, label_shapes(study.mask, spec)))
     scored.add(logits, mask, study.mask, hurry=hurry)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from medseg.bundle import PostStep
 from medseg.inference.postprocess import postprocess
 from medseg.quality.fit import MIN_CASES, Fitted, Observed, fit_quality
-from medseg.quality.page import write_quality
 from medseg.quality.shape import Shapes
 from medseg.quality.signs import Notes
 from medseg.readers.nifti import read_nifti
@@ -78,12 +77,12 @@ def _observed(
 def label_dice(found: Volume, truth: Volume, spec: Spec) -> dict[str, float]:
     """Return label -> Dice of two label maps on one grid, where "ignore" does not count; absent in both: left out."""
     known = np.ones(truth.shape, bool) if spec.ignore is None else truth.array[0] != spec.ignore
-    scores = {}
+    scores: dict[str, float] = {}
     for label, value in spec.foreground.items():
         first, second = (found.array[0] == value) & known, truth.array[0] == value
-        total = np.count_nonzero(first) + np.count_nonzero(second)
+        total = int(np.count_nonzero(first)) + int(np.count_nonzero(second))
         if total:
-            scores[label] = 2 * float(np.count_nonzero(first & second)) / total
+            scores[label] = 2 * int(np.count_nonzero(first & second)) / total
     return scores
 
 
