@@ -4,8 +4,8 @@
 
 From RUN (`medseg train DATASET --folds 5 --out RUN`) and its DATASET: the table of 7_report/quality.json; then, each
 case predicted by the network that has not seen it, the share of clean images that is flagged, and of the same images
-with noise, motion, wrong contrast, cropped, or of lost orientation (medseg.phantom.degrade). `--test` takes the held-out
-cases of the dataset and all networks instead, and adds expected against real Dice of cases that nothing has seen.
+with noise, motion, wrong contrast, cropped, or of lost orientation (medseg.phantom.degrade). `--test` takes the
+held-out cases of the dataset and all networks instead, and adds expected against real Dice of cases that nothing has seen.
 `--quick` takes two cases.
 """
 
@@ -43,7 +43,8 @@ def table(summary: dict[str, Any]) -> None:
     ):
         row = summary[name]
         if row:
-            print(f"{words}: {row['found']} of the {row['worst']} worst in {row['looked_at']} looked at ({row['share']:.0%})")
+            found = f"{row['found']} of the {row['worst']} worst ({row['share']:.0%})"
+            print(f"{words}: {found} are among the {row['looked_at']} looked at")
     print(f"flagged: {json.dumps(summary['flagged'])}")
 
 
