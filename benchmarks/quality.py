@@ -5,7 +5,8 @@
 From RUN (`medseg train DATASET --folds 5 --out RUN`) and its DATASET: the table of 7_report/quality.json; then, each
 case predicted by the network that has not seen it, the share of clean images that is flagged, and of the same images
 with noise, motion, wrong contrast, cropped, or of lost orientation (medseg.phantom.degrade). `--test` takes the
-held-out cases of the dataset and all networks instead, and adds expected against real Dice of cases that nothing has seen.
+held-out cases of the dataset and all networks instead, and adds expected against real Dice of cases that nothing has
+seen.
 `--quick` takes two cases.
 """
 

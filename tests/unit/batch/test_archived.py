@@ -122,7 +122,7 @@ def test_a_run_over_archives_resumes_and_says_where_everything_came_from(
     assert places == {str(tmp_path / "Doe.tar.gz" / "Doe" / "one"), str(tmp_path / "bad.zip")}
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and "private" not in path.parts]
     assert not any(word in path.read_bytes() for path in written for word in (b"Doe", b"bad.zip", b".medseg-unpacked"))
-    monkeypatch.setattr("medseg.batch.study.predict_volume", lambda *_, **__: pytest.fail("it was done already"))
+    monkeypatch.setattr("medseg.batch.study.predict_case", lambda *_, **__: pytest.fail("it was done already"))
     assert predict(inputs, model=model, out=tmp_path / "out").entries == result.entries
     direct = predict([tmp_path / "Doe" / "one"], model=model, out=tmp_path / "out")
     assert direct.entries == result.select("done"), "the same series outside its archive is the same study"

@@ -256,7 +256,7 @@ def test_the_linkage_table_is_private_and_keeps_earlier_studies(loaded: Model, i
 def test_an_error_of_ours_stops_no_other_and_is_tried_again(
     loaded: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, out = batch.predict_volume, tmp_path / "out"
+    real, out = batch.predict_case, tmp_path / "out"
     calls = iter(range(10))
 
     def breaks(*args: Any, **options: Any) -> Volume:
@@ -264,14 +264,14 @@ def test_an_error_of_ours_stops_no_other_and_is_tried_again(
             raise RuntimeError(f"secret of {images}/b.nii.gz")
         return real(*args, **options)
 
-    monkeypatch.setattr(batch, "predict_volume", breaks)
+    monkeypatch.setattr(batch, "predict_case", breaks)
     result = predict([images], model=loaded, out=out)
     assert states(result) == {"a": "done", "b": "INTERNAL", "c": "done"}
     assert "RuntimeError" in result.entries[1].message
     assert "secret" not in (out / "ledger" / "b.json").read_text()
     assert predict([images], model=loaded, out=out).complete
     assert attempts(out) == {"a": 1, "b": 2, "c": 1}
-    monkeypatch.setattr(batch, "predict_volume", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(batch, "predict_case", lambda *args, **options: 1 / 0)
     monkeypatch.setenv("MEDSEG_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         predict([images], model=loaded, out=tmp_path / "debug")
