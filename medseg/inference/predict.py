@@ -150,9 +150,7 @@ def notes_for(model: Model, *, mirror: bool) -> Notes:
 
 
 @torch.inference_mode()
-def predict_volume(
-    model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None
-) -> Volume:
+def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None) -> Volume:
     """Segment one image, plane by plane: the logits of the whole are never in memory (docs/explanation/streaming.md).
 
     Parameters
@@ -209,9 +207,7 @@ def predict_soft(
 
 
 @torch.inference_mode()
-def predict_logits(
-    model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None
-) -> Tensor:
+def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None) -> Tensor:
     """Return the logits (K, I, J, K') on the grid of the image, all at once; raises as `predict_volume`.
 
     Those of an ensemble stand for the mean of its members' probabilities (see `medseg.targets.mean_logits`).
@@ -225,9 +221,7 @@ def predict_logits(
     return restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
 
 
-def _prepared(
-    model: Model, image: Volume, mirror: bool | None, notes: Notes | None
-) -> tuple[Tensor, tuple[Step, ...]]:
+def _prepared(model: Model, image: Volume, mirror: bool | None, notes: Notes | None) -> tuple[Tensor, tuple[Step, ...]]:
     """Return what the network is given (channels, I, J, K), on the device, and the steps that lead back."""
     plan, spec = model.bundle.info.plan, model.bundle.info.spec
     if image.array.shape[0] != len(spec.channels):

@@ -101,9 +101,7 @@ def _missing(model: QualityModel, signs: Signs) -> list[str]:
     return [label for label, row in model.labels.items() if row.always and label not in signs.shapes]
 
 
-def _strange(
-    model: QualityModel, signs: Signs, numbers: Mapping[str, float], far: Mapping[str, float]
-) -> list[str]:
+def _strange(model: QualityModel, signs: Signs, numbers: Mapping[str, float], far: Mapping[str, float]) -> list[str]:
     reasons = []
     for label, value in far.items():
         if value <= model.beyond:

@@ -59,9 +59,7 @@ def fit_seen(
     return fit_quality(observed, list(spec.foreground), folds=folds, mirror=mirror)
 
 
-def _observed(
-    one: Seen, spec: Spec, steps: Sequence[PostStep], dice: Mapping[str, Mapping[str, float]]
-) -> Observed:
+def _observed(one: Seen, spec: Spec, steps: Sequence[PostStep], dice: Mapping[str, Mapping[str, float]]) -> Observed:
     made = read_nifti(one.mask)
     mask = postprocess(made.with_array(made.array.astype(np.int32)), steps, spec)
     case = one.case

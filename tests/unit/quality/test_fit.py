@@ -94,7 +94,9 @@ def test_a_label_that_every_case_had_and_that_is_missing_is_flagged() -> None:
 
 def test_a_label_that_some_cases_lack_is_not_missed() -> None:
     cases = [
-        case if n % 3 else Observed(
+        case
+        if n % 3
+        else Observed(
             case.case,
             case.patient,
             Signs(case.signs.image, {"a": case.signs.passes["a"]}, {}, {"a": case.signs.shapes["a"]}),
