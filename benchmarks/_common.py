@@ -59,8 +59,10 @@ def run(
     return Spent(round(time.monotonic() - began, 1), round(cpu, 1))
 
 
-def medseg(*arguments: str | Path, log: Path | None = None) -> Spent:
-    return run([sys.executable, "-m", "medseg", *arguments], log=log)
+def medseg(*arguments: str | Path, log: Path | None = None, cache: Path | None = None) -> Spent:
+    """Run a verb of medseg; with `cache` it knows no step times but those that are kept there."""
+    environment = limited() if cache is None else {**limited(), "MEDSEG_CACHE": str(cache)}
+    return run([sys.executable, "-m", "medseg", *arguments], log=log, environment=environment)
 
 
 def test_cases() -> set[str]:
@@ -122,23 +124,17 @@ def interval(values: Mapping[str, float]) -> tuple[float, float, float]:
 
 def machine() -> dict[str, Any]:
     """Return what a figure depends on beside the code."""
+    from medseg.device import processor_name
+
     return {
         "cores": os.cpu_count(),
         "threads": THREADS,
-        "processor": _processor(),
+        "processor": processor_name(),
         "python": platform.python_version(),
         "load": [round(value, 2) for value in os.getloadavg()],
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _commit() -> str:

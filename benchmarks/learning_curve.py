@@ -7,8 +7,8 @@ Everybody learns from the same 160 cases (hippocampus_split.json), on the same c
 same wall time, one after the other; masks of all are scored by `medseg evaluate`. The time of a contender begins with
 its files as they are: reading, planning and preprocessing count (nnU-Net's are done once and taken off each budget);
 predicting the test cases does not, and is told beside it. medseg keeps 16 of the 160 cases for choosing, the others
-learn from all. Who they are: _nnunet_peer.py, _monai_peer.py. For scale, about four hours a seed with all of them.
-Results are lines of JSON in --work; what is there is not run again.
+learn from all. Who they are: _nnunet_peer.py, _monai_peer.py. About four hours a seed with the four contenders that run
+unless told. Results are lines of JSON in --work; what is there is not run again.
 """
 
 import argparse
@@ -43,7 +43,7 @@ LEAST_SECONDS = 5.0
 def learn_medseg(seconds: float, seed: int, folder: Path, options: argparse.Namespace) -> Row:
     common = ("--splits", SPLIT)
     words = ("--budget", f"{seconds:g}s", "--seed", str(seed), "--out", folder / "run", "--no-track")
-    trained = medseg("train", options.data, *common, *words, log=folder / "train.log")
+    trained = medseg("train", options.data, *common, *words, log=folder / "train.log", cache=folder / "cache")
     words = ("--model", folder / "run", "--out", folder / "masks")
     predicted = medseg("predict", options.data, *common, *words, log=folder / "predict.log")
     told = json.loads((folder / "run" / "6_model" / "model.json").read_text(encoding="utf-8"))["training"]
