@@ -6,14 +6,13 @@ that needs them is called.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medseg.display import Display
-from medseg.duration import seconds
+from medseg.duration import training_length
 from medseg.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from medseg.retraining import RetrainResult
     from medseg.training.run import TrainResult
 
-DEFAULT_BUDGET = "1h"
 PathLike = str | Path
 
 
@@ -67,7 +65,7 @@ def check(
         return run(Path(dataset), splits=_path(splits), out=_path(out), progress=shown.counted)
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the options of the command are the parameters of the function
     dataset: PathLike,
     *,
     out: PathLike | None = None,
@@ -76,9 +74,12 @@ def plan(
     settings: Sequence[str] = (),
     splits: PathLike | None = None,
     seed: int = 0,
+    from_model: PathLike | None = None,
     display: Display | None = None,
 ) -> Plan:
     """Take the fingerprint of the training cases, measure this machine and plan; with `out`, write the YAML.
+
+    `from_model` as for `train`.
 
     Raises
     ------
@@ -88,21 +89,23 @@ def plan(
     from medseg.planning.fingerprint import take_fingerprint
     from medseg.planning.plan import write_plan
     from medseg.spec import load_dataset
-    from medseg.training.make_plan import make_plan
     from medseg.training.manifest import learning_cases
+    from medseg.training.plan_from import plan_training
     from medseg.training.refusals import say_absent_labels
     from medseg.training.request import Request
+    from medseg.training.start import open_start
 
     display = display or Display(None)
-    length = _length(budget=budget, steps=steps)
+    length = training_length(budget=budget, steps=steps)
+    request = Request(budget=length, steps=steps, settings=tuple(settings), seed=seed, from_model=_path(from_model))
     found = load_dataset(Path(dataset), splits=_path(splits))
+    start = open_start(request, found.spec)
     with display:
         display.stage("reading")
         fingerprint = take_fingerprint(found.spec, learning_cases(found), progress=display.counted)
         say_absent_labels(display, fingerprint)
         display.stage("measuring step times")
-        request = Request(budget=length, steps=steps, settings=tuple(settings), seed=seed)
-        made, reasons = make_plan(found, fingerprint, request, best_device())
+        made, reasons = plan_training(found, fingerprint, request, best_device(), start)
     if out is not None:
         write_plan(Path(out), made, reasons)
     return made
@@ -123,6 +126,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
     seed: int = 0,
     plan: PathLike | None = None,
     replay: PathLike | None = None,
+    from_model: PathLike | None = None,
     deterministic: bool = False,
     track: PathLike | None = None,
     model_name: str | None = None,
@@ -141,6 +145,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
     plan : a plan.yaml to follow instead of making one.
     replay : a finished run whose steps are repeated one by one; the result tells whether its weights came out again.
     deterministic : the same call gives the same bits, see docs/how-to/reproduce.md.
+    from_model : fine-tuning: a run folder, bundle or model of nnU-Net v2 whose weights the training begins with.
     track : folder of the MLflow store (see medseg.tracking); None tracks nothing.
     began : time.monotonic() from which the budget counts; now unless told.
 
@@ -153,8 +158,9 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
     from medseg.training.run import train as run
 
     began = time.monotonic() if began is None else began
-    length = _length(budget=budget, steps=steps, epochs=epochs, replay=replay)
+    length = training_length(budget=budget, steps=steps, epochs=epochs, replay=replay)
     given = {"folds": folds, "fold": fold, "network": network, "settings": settings or None, "plan": plan}
+    given["from_model"] = from_model
     if replay is not None and (others := [name for name, value in given.items() if value is not None]):
         raise ConfigError(f"replay repeats a run with its own options; leave out {', '.join(others)}")
     request = Request(
@@ -169,6 +175,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
         plan=_path(plan),
         replay=_path(replay),
         deterministic=deterministic,
+        from_model=_path(from_model),
     )
     return run(
         Path(dataset),
@@ -372,24 +379,3 @@ def local_model(model: PathLike, *, track: PathLike) -> Path:
 
 def _path(value: PathLike | None) -> Path | None:
     return None if value is None else Path(value)
-
-
-def _length(*, budget: str | float | None, **others: Any) -> float | None:
-    """Return the budget in seconds (the default where no length is given at all); None for a run by `others`."""
-    given = [name for name, value in {"budget": budget, **others}.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"give one of budget, {_words(list(others))}, not {' and '.join(given)}")
-    for name, value in others.items():
-        if isinstance(value, int) and value < 1:
-            raise ConfigError(f"{name} {value}: at least 1 is needed")
-    if given and budget is None:
-        return None
-    value = DEFAULT_BUDGET if budget is None else budget
-    length = seconds(value) if isinstance(value, str) else float(value)
-    if not (math.isfinite(length) and length > 0):
-        raise ConfigError(f"budget {value}: a duration must be finite and longer than nothing; 90s, 10m or 1h30m")
-    return length
-
-
-def _words(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

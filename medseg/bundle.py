@@ -112,6 +112,8 @@ class BundleInfo(Config):
     previous : digest of the first stage of a cascade, whose mask the networks are given beside the image.
     members : of an ensemble of configurations: their probabilities, each with its own temperature, are averaged.
     quality : what tells how good its masks are; None where there were too few cases, and in bundles of before.
+    seen : file of weights -> the first digits of the SHA-256 of the images that it has learnt from, also before it was
+        fine-tuned; empty where that is not known.
     """
 
     format: int
@@ -128,6 +130,7 @@ class BundleInfo(Config):
     previous: str | None = None
     members: tuple[Member, ...] = ()
     quality: QualityModel | None = None
+    seen: dict[str, tuple[str, ...]] = Field(default_factory=dict)
 
     @property
     def temperature(self) -> float:
@@ -342,13 +345,20 @@ def load_networks(bundle: Bundle) -> list[nn.Module]:
     for name in sorted(bundle.info.weights):
         network = make_network(bundle.info.spec, bundle.info.plan)
         try:
-            state = bundle.states[name] if bundle.states is not None else None
-            network.load_state_dict(safetensors.torch.load_file(bundle.folder / name) if state is None else state)
+            network.load_state_dict(read_weights(bundle, name))
         except (RuntimeError, safetensors.SafetensorError) as error:
             what = str(error).splitlines()[0]
             raise BundleError(f"{bundle.folder / name}: does not fit the network of {MODEL_FILE} ({what})") from error
         networks.append(network.eval())
     return networks
+
+
+def read_weights(bundle: Bundle, name: str) -> Mapping[str, Tensor]:
+    """Return one of the weights files of an opened bundle; raise safetensors.SafetensorError if it is none."""
+    if bundle.states is not None:
+        return bundle.states[name]
+    found: dict[str, Tensor] = safetensors.torch.load_file(bundle.folder / name)
+    return found
 
 
 def make_network(spec: Spec, plan: Plan) -> nn.Module:

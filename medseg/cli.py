@@ -22,6 +22,7 @@ from medseg.cli_options import (
     Cluster,
     Dataset,
     Formats,
+    From,
     Json,
     MemoryLimit,
     NoTrack,
@@ -116,7 +117,7 @@ def check(
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913 - one parameter an option
     dataset: Dataset,
     out: Annotated[Path, typer.Option(help="File to write; edit it, then train with --plan.")] = Path("plan.yaml"),
     budget: Budget = None,
@@ -124,6 +125,8 @@ def plan(
     settings: Settings = None,
     splits: Splits = None,
     seed: Seed = 0,
+    from_model: From = None,
+    track: Store = Path(),
 ) -> None:
     """Fingerprint the data, measure this machine, and write a plan that a person can read and edit.
 
@@ -139,6 +142,7 @@ def plan(
         settings=settings or (),
         splits=splits,
         seed=seed,
+        from_model=None if from_model is None else api.local_model(from_model, track=track),
         display=display(),
     )
     told = f"{made.steps} steps expected" if budget else f"{made.steps} steps"
@@ -161,6 +165,7 @@ def train(  # noqa: PLR0913 - one parameter an option
     plan: Annotated[Path | None, typer.Option(help="Plan to follow instead of making one.")] = None,
     replay: Annotated[Path | None, typer.Option(help="Finished run to repeat; exit 1 if it differs.")] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Same seed, same bits.")] = False,
+    from_model: From = None,
     track: Store = Path(),
     no_track: NoTrack = False,
     name: Annotated[str | None, typer.Option(help="Name in the model registry (default: the dataset's).")] = None,
@@ -187,6 +192,7 @@ def train(  # noqa: PLR0913 - one parameter an option
         plan=plan,
         replay=replay,
         deterministic=deterministic,
+        from_model=None if from_model is None else api.local_model(from_model, track=track),
         track=None if no_track else track,
         model_name=name,
         began=process_start(),

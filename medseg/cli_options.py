@@ -29,6 +29,10 @@ Budget = Annotated[str | None, typer.Option(help="Wall time of the whole command
 Steps = Annotated[int | None, typer.Option(min=1, help="Fixed number of training steps instead of a budget.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: change a value of the plan.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+From = Annotated[
+    str | None,
+    typer.Option("--from", help="Fine-tune: run folder, bundle, nnU-Net v2 model or models:/NAME@ALIAS to begin with."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Store = Annotated[Path, typer.Option(help="Folder of the MLflow store (mlflow.db); MLFLOW_TRACKING_URI comes first.")]
 NoTrack = Annotated[bool, typer.Option("--no-track", help="Do not record in MLflow.")]

@@ -112,6 +112,23 @@ class NnUNet(Config):
     previous: Interpolation | None = None
 
 
+class Start(Config):
+    """With what weights a training begins, where it does not begin with random ones (fine-tuning).
+
+    Attributes
+    ----------
+    model : digest of the model whose weights these are.
+    kept : labels (or regions) whose output is the model's, found by their names.
+    new : those whose output begins with random weights.
+    left_out : those of the model that are not learnt any more.
+    """
+
+    model: str
+    kept: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
 class Plan(Config):
     """Everything from voxels to weights; see docs/reference/plan.md.
 
@@ -145,6 +162,7 @@ class Plan(Config):
     measured: Measured | None = None
     fingerprint: Fingerprint
     nnunet: NnUNet | None = None
+    start: Start | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -168,8 +186,9 @@ class Plan(Config):
 
     @model_serializer(mode="wrap")
     def _without_empty_section(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a section that says nothing: plans from before there was one keep their digest."""
-        return {key: value for key, value in values(self).items() if key != "nnunet" or value is not None}
+        """Leave out sections that say nothing: plans from before there were any keep their digest."""
+        late = ("nnunet", "start")
+        return {key: value for key, value in values(self).items() if key not in late or value is not None}
 
     @property
     def stored_axes(self) -> bool:
@@ -184,7 +203,7 @@ class Plan(Config):
     @property
     def preparation(self) -> dict[str, Any]:
         """What the deterministic part of the preparation depends on, the order of the channels included."""
-        chosen = self.model_dump(mode="json", include={"orientation", "spacing", "normalisation"})
+        chosen = self.model_dump(mode="json", include={"orientation", "spacing", "normalisation", "nnunet"})
         return {**chosen, "channels": list(self.normalisation)}
 
 

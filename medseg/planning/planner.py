@@ -334,8 +334,13 @@ def _mirror_axes(spec: Spec, sketch: Draft) -> tuple[tuple[int, ...], str]:
     axes = tuple(range(sketch.dimensions))
     if spec.unit == "pixel":
         return axes, "A picture has no up and down: every axis may be mirrored."
-    words = (word.lower() for name in spec.foreground for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
-    if SIDES.intersection(words):
+    if names_sides(spec):
         return (), "Labels name left and right, so nothing is mirrored: anatomy has no other symmetry."
     sides = tuple(a for a in axes if sketch.orientation[a] in "RL")
     return sides, "Anatomy is symmetric from left to right only, and no label names a side: that axis is mirrored."
+
+
+def names_sides(spec: Spec) -> bool:
+    """Tell whether a label names a side of the body, so that mirroring would make it wrong."""
+    words = (word.lower() for name in spec.foreground for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
+    return bool(SIDES.intersection(words))

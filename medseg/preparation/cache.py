@@ -117,12 +117,18 @@ def prepare_cases(
 
 def source_digest(case: Case) -> str:
     """Return the SHA-256 of the bytes of all files of a case (file names and places do not count)."""
+    return content_digests(case)[0]
+
+
+def content_digests(case: Case) -> tuple[str, str]:
+    """Return the SHA-256 of the bytes of all files of a case, and of those of its images alone; each is read once."""
     files: dict[Path, str] = {}
     for path in (*case.images, *case.label_files):
         if path not in files:  # images and labels may share a folder
             inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
             files[path] = digest(sorted(file_digest(p) for p in inside))
-    return digest([files[path] for path in (*case.images, *case.label_files)])
+    images = [files[path] for path in case.images]
+    return digest([*images, *(files[path] for path in case.label_files)]), digest(images)
 
 
 def class_locations(spec: Spec, mask: NDArray[Any]) -> NDArray[np.int32]:

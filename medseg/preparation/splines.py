@@ -25,11 +25,13 @@ from medseg.preparation.preprocess import Data, Resampled
 
 ANISOTROPIC = 3.0
 """A spacing over this many times another is resampled apart (nnU-Net's ANISO_THRESHOLD)."""
+LABELS = Interpolation(order=1, order_z=0)
+"""How the masks that are learnt from are resampled (nnU-Net's resampling_fn_seg)."""
 Target = tuple[float, float, float | None]
 
 
 class ResampleSplines(Transform):
-    """Bring an image to `target` spacing (None: as it is along this axis), and the "previous" mask with it."""
+    """Bring an image to `target` spacing (None: as it is along this axis), and the masks "previous" and "mask"."""
 
     def __init__(self, target: Target, how: NnUNet) -> None:
         self.target = target
@@ -50,11 +52,12 @@ class ResampleSplines(Transform):
         # On the way back the axis of order 0 is told; the spacing before is the network's, after it the image's.
         back = coarse_axis(self.how.logits, want, have) if self.how.logits.order_z == 0 else None
         out = {**data, "image": MetaTensor(resize(image.as_tensor(), size, self.how.image, coarse), affine=affine)}
-        if "previous" in data and self.how.previous is not None:
-            rule = self.how.previous
-            mask = data["previous"].as_tensor().numpy()[0]
-            labels = resize_labels(mask, size, rule, coarse_axis(rule, have, want))
-            out["previous"] = MetaTensor(torch.from_numpy(labels[None]), affine=affine)
+        learnt = LABELS.model_copy(update={"separate": self.how.image.separate})
+        for key, rule in (("previous", self.how.previous), ("mask", learnt)):
+            if key in data and rule is not None:
+                mask = data[key].as_tensor().numpy()[0]
+                labels = resize_labels(mask, size, rule, coarse_axis(rule, have, want))
+                out[key] = MetaTensor(torch.from_numpy(labels[None]), affine=affine)
         out["steps"] = (*data.get("steps", ()), Resampled(shape, back))  # type: ignore[arg-type]
         return out
 

@@ -61,14 +61,9 @@ def measure(
             if seconds is None:
                 if rows and time.monotonic() - began > longest:
                     break
-                try:
-                    seconds = round(_step_seconds(spec, sketch, candidate, precision, device), 5)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    freed(device)
+                seconds = _timed(spec, sketch, candidate, precision, device)
+                if seconds is None:
                     continue
-                keep(device, step, seconds)
             rows[f"{width} {precision}"] = seconds
     return Measured(device=device_name(device), threads=torch.get_num_threads(), step_seconds=rows)
 
@@ -136,3 +131,29 @@ def make_candidate(spec: Spec, sketch: Draft, plan: NetworkPlan) -> torch.nn.Mod
         out_channels=len(channel_names(spec)),
         options=plan.options,
     )
+
+
+def measure_network(spec: Spec, sketch: Draft, plan: NetworkPlan, device: torch.device) -> Measured:
+    """Time training steps of the one network of `plan`, or recall their times; rows are named "given <precision>".
+
+    Precisions that the memory does not hold have no row.
+    """
+    rows = {}
+    for precision in precisions(device):
+        seconds = recall(device, _step(spec, sketch, plan, precision)) or _timed(spec, sketch, plan, precision, device)
+        if seconds is not None:
+            rows[f"given {precision}"] = seconds
+    return Measured(device=device_name(device), threads=torch.get_num_threads(), step_seconds=rows)
+
+
+def _timed(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, device: torch.device) -> float | None:
+    """Time a step and keep its time; None where the memory does not hold it."""
+    try:
+        seconds = round(_step_seconds(spec, sketch, plan, precision, device), 5)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        freed(device)
+        return None
+    keep(device, _step(spec, sketch, plan, precision), seconds)
+    return seconds

@@ -42,6 +42,7 @@ from medseg.training.drawn import write_drawn
 from medseg.training.loop import Job, Learner
 from medseg.training.quality import Seen, fit_seen
 from medseg.training.quality import told as quality_told
+from medseg.training.start_told import seen_by, start_facts
 from medseg.training.state import LoopState
 from medseg.training.temperature import VoxelSample
 from medseg.volume import Volume, reorient, shown_axes
@@ -91,8 +92,13 @@ def finish_run(
     info = make_info(jobs, states, dataset_digest, tracker.run_id)
     report = out / "7_report"
     quality = _judge(jobs, scored, steps, report, display)
-    training = {**info.training, "dice": scored.dice}
-    update = {"training": training, "postprocess": steps, "calibration": calibration, "quality": quality}
+    update = {
+        "training": {**info.training, "dice": scored.dice, **start_facts(jobs)},
+        "postprocess": steps,
+        "calibration": calibration,
+        "quality": quality,
+        "seen": {f"fold_{i}.safetensors": seen_by(job) for i, job in enumerate(jobs)},
+    }
     bundle = save_bundle(out / "6_model", info.model_copy(update=update), weights_of(states))
     write_text(report / "postprocess.csv", evidence_csv(evidence))
     display.say(told(steps, scored.trial, folds=len(jobs)))

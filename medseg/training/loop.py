@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from medseg.training.health import refuse_explosion, refuse_what_is_no_number, s
 from medseg.training.memory import explained_memory, freed, is_out_of_memory
 from medseg.training.pieces import backward
 from medseg.training.schedule import Schedule
+from medseg.training.start import StartWeights, begin
 from medseg.training.state import LoopState, load_state, mean_dice, save_state
 
 CHECKPOINT_SECONDS = 30.0
@@ -56,6 +57,8 @@ class Job:
     train, validation : cases.
     checkpoint : file of the LoopState.
     digest : what the checkpoint belongs to.
+    images : case -> first digits of the digest of its images, by which the model will know what it has learnt from.
+    start : the weights that the network begins with; random ones unless told.
     """
 
     spec: Spec
@@ -67,6 +70,8 @@ class Job:
     checkpoint: Path
     digest: str
     device: torch.device
+    images: Mapping[str, str] = field(default_factory=dict)
+    start: StartWeights | None = None
 
 
 Watcher = Callable[[LoopState, Schedule, float], None]
@@ -167,7 +172,10 @@ class Learner:
         self.job = job
         torch.manual_seed(job.plan.seed)
         layout = torch.channels_last_3d if job.plan.dimensions == 3 else torch.channels_last
-        self.network = make_network(job.spec, job.plan).to(job.device).to(memory_format=layout)  # type: ignore[call-overload]
+        network = make_network(job.spec, job.plan)
+        if job.start is not None:
+            begin(network, job.spec, job.plan, job.start)
+        self.network = network.to(job.device).to(memory_format=layout)  # type: ignore[call-overload]
         self.layout = layout
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(

@@ -6,7 +6,7 @@ from typing import Any
 
 from medseg.errors import ReadError, TrainingError
 from medseg.files import digest
-from medseg.preparation.cache import source_digest
+from medseg.preparation.cache import content_digests
 from medseg.spec import Case, Dataset, Spec, spec_digest
 
 
@@ -14,7 +14,7 @@ def make_manifest(dataset: Dataset) -> dict[str, Any]:
     """Return the manifest of a dataset: its training cases by their content, its held out cases by name.
 
     ``digest`` names the whole: it changes with a byte of a training case, with the spec and with the split, not with
-    the place of the files.
+    the place of the files. ``image`` of a case names its images alone, also where they get other labels.
 
     Raises
     ------
@@ -23,10 +23,15 @@ def make_manifest(dataset: Dataset) -> dict[str, Any]:
     """
     for case in dataset.select("train"):
         _refuse_missing_channels(dataset.spec, case)
-    rows = [{"id": c.id, "patient": c.patient, "source": source_of(c)} for c in dataset.select("train")]
+    rows, images = [], []
+    for case in dataset.select("train"):
+        source, image = _digests(case)
+        rows.append({"id": case.id, "patient": case.patient, "source": source})
+        images.append(image)
     held = [{"id": c.id, "patient": c.patient} for c in dataset.select("test")]
     content = {"spec": spec_digest(dataset.spec), "train": rows, "test": held}
-    return {**content, "name": dataset.spec.name, "digest": digest(content)}
+    told = [{**row, "image": image} for row, image in zip(rows, images, strict=True)]
+    return {**content, "train": told, "name": dataset.spec.name, "digest": digest(content)}
 
 
 def learning_cases(dataset: Dataset) -> tuple[Case, ...]:
@@ -46,8 +51,12 @@ def _refuse_missing_channels(spec: Spec, case: Case) -> None:
 
 def source_of(case: Case) -> str:
     """Return the digest of a case's files, or raise TrainingError naming the case."""
+    return _digests(case)[0]
+
+
+def _digests(case: Case) -> tuple[str, str]:
     try:
-        return source_digest(case)
+        return content_digests(case)
     except OSError as error:
         raise TrainingError(
             f"case {case.id}: a file cannot be read ({error.strerror}); medseg check lists all"

@@ -26,6 +26,7 @@ class Request:
     plan: Path | None = None
     replay: Path | None = None
     deterministic: bool = False
+    from_model: Path | None = None
 
 
 def complete(request: Request) -> Request:
@@ -45,8 +46,10 @@ def complete(request: Request) -> Request:
     return replace(request, folds=told["folds"], fold=told["fold"], deterministic=deterministic)
 
 
-def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
+def open_run(out: Path, manifest: dict[str, Any], request: Request, start: str | None = None) -> None:
     """Write 1_dataset.json and request.json, or compare them with those of the run that is to be resumed.
+
+    `start` is the digest of the model that the weights come from, which stands for its place.
 
     A folder without a plan holds nothing that could be resumed: there, the new request simply takes the place of one
     that was refused before.
@@ -57,14 +60,15 @@ def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
     """
     if request.replay and read_json(request.replay / "1_dataset.json").get("digest") != manifest["digest"]:
         raise TrainingError(f"--replay {request.replay}: that run learnt from other data", code="RUN_DIFFERS")
-    asked = _as_json(request)
+    asked = {**_as_json(request), "from_model": start}
     begun = (out / "3_plan.yaml").exists()
     for name, value, what in (("1_dataset.json", manifest, "data"), ("request.json", asked, "options")):
         file = out / name
         before = read_json(file) if file.exists() else None
         if what == "options" and before is not None:
             before = {**_as_json(Request()), **before}  # a run from before there was an option did without it
-        same = before == value
+        # Data by their digest: a run from before there was a column of the manifest has the same.
+        same = before is not None and before.get("digest", before) == value.get("digest", value)
         if begun and before is not None and not same:
             raise TrainingError(
                 f"{out}: this run was started with other {what} ({_differences(before, value)}); run it with the same "
@@ -78,7 +82,8 @@ def open_run(out: Path, manifest: dict[str, Any], request: Request) -> None:
 
 
 def _as_json(request: Request) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(request.__dict__, default=_content)))
+    values = {key: value for key, value in request.__dict__.items() if key != "from_model"}
+    return {**json.loads(json.dumps(values, default=_content)), "from_model": None}
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -92,7 +97,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
             changed = sorted({row["id"] for row in [*old, *new] if row not in old or row not in new})
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             parts.append(f"{key} cases {', '.join(changed[:3])}{more}")
-        elif key in ("spec", "plan", "replay"):  # digests, which tell a person nothing
+        elif key in ("spec", "plan", "replay", "from_model"):  # digests, which tell a person nothing
             parts.append(f"another {key}")
         else:
             parts.append(f"{key}: {_shown(old)} then, {_shown(new)} now")

@@ -37,13 +37,15 @@ from medseg.tracking import Tracker, start
 from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
 from medseg.training.folds import Fold, make_folds, refuse_leaks, the_fold
 from medseg.training.loop import Job, fit
-from medseg.training.make_plan import make_plan
 from medseg.training.manifest import learning_cases, make_manifest
+from medseg.training.plan_from import plan_training
 from medseg.training.record import MANIFEST, complete_manifest, note_environment, recorded_threads
 from medseg.training.refusals import refuse_empty_training, refuse_too_few, say_absent_labels
 from medseg.training.replay import compared, record_of, told, warning
 from medseg.training.request import Request, complete, open_run, read_json
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Followed, Schedule
+from medseg.training.start import as_started, choose_weights, image_digests, keep_start, kept_start, open_start
+from medseg.training.start_told import say_start
 from medseg.training.state import LoopState, job_digest, load_state
 from medseg.training.watch import Watch
 
@@ -137,13 +139,15 @@ def _lead(
         if left_out := len(dataset.select("train")) - len(cases):
             display.say(f"{left_out} training case(s) have no mask and are left out")
         manifest = make_manifest(dataset)
-        open_run(out, manifest, request)
+        origin = open_start(request, dataset.spec)
+        open_run(out, manifest, request, None if origin is None else origin.info.digest)
         if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():
             display.say(f"{out}: this training is complete; nothing to do")
             _call_others(to_work=False)
             return _result(out, began)
         sweep(out)
         shutil.rmtree(out / "6_model", ignore_errors=True)
+        keep_start(out, origin)
         work = _Work(dataset, cases, out, request, manifest["digest"], began, display, best_device())
         work.note_environment()
         fingerprint = work.fingerprint()
@@ -160,6 +164,7 @@ def _lead(
             _track_plan(tracker, plan, manifest, out)
             jobs = work.jobs(plan)
             refuse_empty_training(jobs)
+            say_start(jobs, display)
             _call_others(to_work=True)
             states = work.fit_all(jobs, tracker)
             name, hurry = model_name or dataset.spec.name, request.budget is not None
@@ -251,21 +256,21 @@ class _Work:
 
     def plan(self, fingerprint: Fingerprint) -> Plan:
         """Make 3_plan.yaml, or read the one made before (or given)."""
-        file = self.out / "3_plan.yaml"
+        file, origin = self.out / "3_plan.yaml", kept_start(self.out)
         if file.exists():
-            return read_plan(file)
+            return as_started(read_plan(file), self.dataset.spec, origin)
         if self.request.plan or self.request.replay:
             given = self.request.plan or (self.request.replay or Path()) / "3_plan.yaml"
             plan = override(read_plan(given), self.request.settings)
             if self.request.steps is not None:
                 plan = plan.model_copy(update={"steps": self.request.steps})
-            reasons: dict[str, str] = {}
+            plan, reasons = as_started(plan, self.dataset.spec, origin), dict[str, str]()
         else:
             self.display.stage("measuring step times")
-            plan, reasons = make_plan(self.dataset, fingerprint, self.request, self.device)
+            plan, reasons = plan_training(self.dataset, fingerprint, self.request, self.device, origin)
         if self.request.epochs is not None:
             plan = plan.model_copy(update={"steps": self._steps_of_epochs(plan, self.request.epochs)})
-        if plan.nnunet is not None:
+        if plan.nnunet is not None and origin is None:
             raise PlanError("this is the plan of a model of nnU-Net's: it predicts, and does not say how to train")
         # Before the plan is kept: a name that no table holds must not become part of the run.
         if list(plan.normalisation) != list(self.dataset.spec.channels):
@@ -306,10 +311,13 @@ class _Work:
         path = training_path(self.dataset.spec, plan, cache)
         self.display.stage("preparing")
         prepare_cases(up_to_cache(path), cache, self.cases, progress=self.display.counted)
-        return [self._job(plan, fold, path, cache) for fold in folds]
+        origin = kept_start(self.out)
+        return [self._job(plan, fold, path, cache, origin) for fold in folds]
 
-    def _job(self, plan: Plan, fold: Fold, path: Any, cache: CaseCache) -> Job:
+    def _job(self, plan: Plan, fold: Fold, path: Any, cache: CaseCache, origin: Bundle | None) -> Job:
         place = self.out / "5_folds" / str(fold.number)
+        images = image_digests(self.out)
+        validation = [images[case.id] for case in fold.validation if case.id in images]
         return Job(
             spec=self.dataset.spec,
             plan=plan,
@@ -320,6 +328,8 @@ class _Work:
             checkpoint=place / "checkpoint" / "state.safetensors",
             digest=job_digest(plan.digest, self.data_digest, fold.number, [c.id for c in fold.train]),
             device=self.device,
+            images=images,
+            start=None if origin is None else choose_weights(origin, fold.number, validation),
         )
 
     def fit_all(self, jobs: list[Job], tracker: Tracker) -> list[LoopState]:

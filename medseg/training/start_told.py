@@ -1,0 +1,63 @@
+"""What a fine-tuning tells of the model that it begins with: in the log, and in the bundle that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from medseg.display import Display
+from medseg.training.loop import Job
+
+
+def seen_by(job: Job) -> tuple[str, ...]:
+    """Return by what digests the network of a job will know the images it has learnt from, also before.
+
+    Nothing where the model that it began with does not know its own: half an answer would look like a whole one.
+    """
+    before: frozenset[str] = frozenset() if job.start is None else job.start.seen
+    if job.start is not None and not before:
+        return ()
+    return tuple(sorted(before | {job.images[case.id] for case in job.train if case.id in job.images}))
+
+
+def validation_seen(job: Job) -> list[str] | None:
+    """Return the validation cases that the network had learnt from before it began; None where it does not know."""
+    if job.start is None or not job.start.seen:
+        return None if job.start is not None else []
+    return [case.id for case in job.validation if job.images.get(case.id) in job.start.seen]
+
+
+def start_facts(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return what the bundle says about its beginning, nothing for random weights."""
+    start = jobs[0].plan.start
+    if start is None:
+        return {}
+    facts = start.model_dump(mode="json")
+    facts["networks"] = [job.start.file for job in jobs if job.start is not None]
+    seen = [validation_seen(job) for job in jobs]
+    facts["validation_cases_seen_before"] = [None if cases is None else len(cases) for cases in seen]
+    return {"start": facts}
+
+
+def say_start(jobs: Sequence[Job], display: Display) -> None:
+    """Say what is kept of the model and whether the validation Dice can be believed."""
+    start = jobs[0].plan.start
+    if start is None:
+        return
+    rows = {"kept": start.kept, "new, with random weights": start.new, "left out": start.left_out}
+    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in rows.items() if names)
+    display.say(f"fine-tuning the model {start.model[:12]} ({told})")
+    seen = [validation_seen(job) for job in jobs]
+    if any(cases is None for cases in seen):
+        display.say(
+            "the model does not tell which cases it learnt from: if validation cases are among them, their Dice is "
+            "too good; judge by test cases that it cannot know"
+        )
+    cases = sorted({case for found in seen for case in found or ()})
+    total = sum(len(job.validation) for job in jobs)
+    if cases:
+        more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
+        display.say(
+            f"{len(cases)} of {total} validation cases ({', '.join(cases[:3])}{more}) are among those that the model "
+            "learnt from: their Dice is too good; judge by test cases that it cannot know"
+        )
