@@ -10,9 +10,11 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 import medseg
-from medseg.errors import BundleError, PlanError
+from medseg.bundle import open_bundle, read_weights
+from medseg.errors import BundleError, PlanError, TrainingError
 from medseg.nnunet import read_nnunet
 from medseg.planning.plan import write_plan
 
@@ -56,3 +58,40 @@ def test_plan_of_an_imported_model_is_not_for_training(
     write_plan(tmp_path / "plan.yaml", read_nnunet(model).plan, {})
     with pytest.raises(PlanError, match="does not say how to train"):
         medseg.train(tiny_dataset(tmp_path / "data"), out=tmp_path / "run", steps=2, plan=tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 16), (16, 16)], ids=["3d", "2d"])
+def test_model_learns_on(
+    tmp_path: Path, peer: SimpleNamespace, tiny_dataset: Callable[..., Path], shape: tuple[int, ...]
+) -> None:
+    """Prepared as nnU-Net does it, its weights are the beginning; what comes of it predicts."""
+    configuration = peer.configuration(shape, (1.5,) * len(shape))
+    folder, _ = peer.write(tmp_path / "results", {NAME: configuration}, NAME)
+    data = tiny_dataset(tmp_path / "data", cases=3, test=1, labels={"zebra": 1, "ball": 2})
+    settings = ("learning_rate=1e-12", "batch_size=2", "validations=1", "precision=fp32")
+    medseg.train(data, out=tmp_path / "run", steps=1, from_model=folder, settings=settings)
+    before, after = open_bundle(folder), open_bundle(tmp_path / "run")
+    assert after.info.plan.nnunet == before.info.plan.nnunet is not None
+    assert after.info.plan.start is not None
+    assert (after.info.plan.start.kept, after.info.plan.start.new) == (("zebra",), ("ball",))
+    assert (after.info.plan.start.model, after.info.plan.start.left_out) == (before.info.digest, ("ant",))
+    old, new = (read_weights(b, "fold_0.safetensors") for b in (before, after))
+    assert list(before.info.spec.foreground) == ["ant", "zebra"] or list(before.info.spec.foreground) == [
+        "zebra",
+        "ant",
+    ]
+    zebra = 1 + list(before.info.spec.foreground).index("zebra")
+    assert torch.allclose(new["heads.0.weight"][:2], old["heads.0.weight"][[0, zebra]], atol=1e-6)
+    assert medseg.predict(data, model=tmp_path / "run", out=tmp_path / "out").complete
+
+
+def test_second_stage_of_a_cascade_does_not_learn_on(
+    tmp_path: Path, peer: SimpleNamespace, tiny_dataset: Callable[..., Path]
+) -> None:
+    low = peer.configuration((8, 16, 16), (3.0, 3.0, 3.0))
+    high = peer.configuration((8, 16, 16), (1.5, 1.5, 1.5), previous_stage="3d_lowres")
+    both = {"3d_lowres": low, "3d_cascade_fullres": high}
+    peer.write(tmp_path / "results", both, "3d_lowres")
+    folder, _ = peer.write(tmp_path / "results", both, "3d_cascade_fullres")
+    with pytest.raises(TrainingError, match="second stage of a cascade"):
+        medseg.train(tiny_dataset(tmp_path / "data"), out=tmp_path / "run", steps=1, from_model=folder)
