@@ -10,9 +10,10 @@ import torch
 from medseg.bundle import Bundle
 from medseg.errors import PlanError
 from medseg.planning.fingerprint import Fingerprint
-from medseg.planning.plan import Measured, Plan, Triple, override
-from medseg.planning.planner import BATCH_VOXELS, PATCH_VOXELS, draft, names_sides
-from medseg.spec import Dataset
+from medseg.planning.plan import Measured, NetworkPlan, Plan, Triple, override
+from medseg.planning.planner import BATCH_VOXELS, PATCH_VOXELS, Draft, draft, names_sides
+from medseg.spec import Dataset, Spec
+from medseg.training.assume import REASONS, assumed
 from medseg.training.calibrate import measure_network
 from medseg.training.make_plan import make_plan
 from medseg.training.request import Request
@@ -48,18 +49,10 @@ def _plan_from(
     old, spec = start.info.plan, dataset.spec
     patch = patch_size(old, fingerprint, PATCH_VOXELS[(device.type, old.dimensions)], divisor(old))
     batch = max(2, min(32, BATCH_VOXELS[device.type] // math.prod(patch)))
+    first = tuple(old.network.options.get("features", (16,)))[:1]
     sketch = draft(spec, fingerprint, device=device.type, dimensions=old.dimensions)
-    sketch = replace(sketch, patch_size=patch, batch_size=batch)
-    measured = measure_network(spec, sketch, old.network, device)
-    while not measured.step_seconds:
-        if batch == 1:
-            raise PlanError(
-                f"out of memory: this machine has none left for one patch of {patch} voxels and the network of the "
-                "model given by --from; end other programs",
-                code="OUT_OF_MEMORY",
-            )
-        batch //= 2
-        measured = measure_network(spec, replace(sketch, batch_size=batch), old.network, device)
+    sketch = replace(sketch, patch_size=patch, batch_size=batch, widths={"given": first})
+    batch, measured = _step_times(spec, sketch, old.network, device, assume=request.deterministic)
     name = min(measured.step_seconds, key=lambda key: measured.step_seconds[key])
     steps = _steps(fingerprint, request, batch, measured.step_seconds[name])
     mirror = () if names_sides(spec) else old.augmentation.mirror_axes
@@ -88,7 +81,27 @@ def _plan_from(
             "start": None,
         }
     )
-    return Plan.model_validate(values.model_dump()), _reasons(measured, name)
+    reasons = _reasons(measured, name) | (REASONS if request.deterministic else {})
+    return Plan.model_validate(values.model_dump()), reasons
+
+
+def _step_times(
+    spec: Spec, sketch: Draft, network: NetworkPlan, device: torch.device, *, assume: bool
+) -> tuple[int, Measured]:
+    """Return how many patches the memory holds, of those that are wanted, and the times of a step."""
+    if assume:
+        return sketch.batch_size, assumed(sketch, device)
+    batch = sketch.batch_size
+    while batch:
+        measured = measure_network(spec, replace(sketch, batch_size=batch), network, device)
+        if measured.step_seconds:
+            return batch, measured
+        batch //= 2
+    raise PlanError(
+        f"out of memory: this machine has none left for one patch of {sketch.patch_size} voxels and the network of the "
+        "model given by --from; end other programs",
+        code="OUT_OF_MEMORY",
+    )
 
 
 def divisor(plan: Plan) -> Triple:
