@@ -108,7 +108,7 @@ def one_fold(dataset: Dataset, test: list[str], folder: Path, options: argparse.
         "validation": validation,
         "steps": steps,
         "train_s": trained,
-        "predict_s": round(time.monotonic() - began, 1),
+        "score_s": round(time.monotonic() - began, 1),
         "scores": {kind: {name: round(value, 4) for name, value in row.items()} for kind, row in found.items()},
         "thresholds": [asdict(row) for row in rows],
     }
