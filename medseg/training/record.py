@@ -131,6 +131,7 @@ def _fold(out: Path, job: Job, state: LoopState, weights: str) -> dict[str, Any]
         "train": digest([case.id for case in job.train]),
         "validation": [case.id for case in job.validation],
         "steps": state.step,
+        "pieces": state.pieces,
         "losses": digest(state.losses),
         "draws": file_digest(place / "curves" / "draws.csv"),
         "data_share": round(state.pace.data_share, 4),
