@@ -5,8 +5,8 @@
 
 17 patients of several scanners, one series each (data_specs/sarcoma.yaml). `medseg train --folds 5` reads the DICOM
 folders; every figure is of a patient that the network has not seen, in the mask as the network made it, before
-post-processing (which is chosen on these very cases). In the published data the volume inside is cropped around the
-tumour, which is easier to find there than in a whole limb; and 17 patients say little about others.
+post-processing (which is chosen on these very cases). The images as prepared are small (median 147 x 140 x 59 voxels),
+where a tumour should be easier to find than in a scan of a whole limb; and 17 patients say little about others.
 
 Dice and volumes are those of RUN/7_report. HD95: of both masks the surface voxels (26-connected erosion), in mm the
 95th percentile of their distances to the other surface, of both directions the larger; a missed or imagined tumour has
