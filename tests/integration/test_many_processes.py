@@ -109,3 +109,22 @@ def test_a_stop_signal_ends_at_a_checkpoint(place: Path, tmp_path: Path, number:
     )
     assert done.returncode == 0, done.stderr
     assert (out / MODEL).read_bytes() == (place / "alone" / MODEL).read_bytes()
+
+
+def test_two_processes_begin_with_the_same_weights_of_a_model(place: Path, tmp_path: Path) -> None:
+    """Other labels than the model's: the rows of the new ones are random, and must be so alike in both processes."""
+    spec = (place / "data" / "dataset.yaml").read_text()
+    (place / "data" / "other.yaml").write_text(spec.replace("box:", "cube:"))
+    moments = []
+    for processes in (1, 2):
+        start = ["-m", "medseg"]
+        if processes > 1:
+            start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *start]
+        line = f"train data/other.yaml --out {tmp_path / str(processes)} --steps 1 --from alone --no-track".split()
+        line += ["--set", "batch_size=3", "--set", "precision=fp32"]
+        subprocess.run([sys.executable, *start, *line], cwd=place, check=True, capture_output=True, timeout=300)
+        found = load_file(tmp_path / str(processes) / STATE)
+        moments.append({key: value for key, value in found.items() if key.endswith("/exp_avg")})
+    one, two = moments
+    scale = max(float(value.abs().max()) for value in one.values())
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4 * scale
