@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medseg.bundle import BundleInfo
 from medseg.checking.facts import image_hash
 from medseg.errors import RetrainingError
 from medseg.evaluation.evaluate import targets_of
 from medseg.files import digest, write_json
+from medseg.preparation.cache import content_digests
 from medseg.retraining.decisions import Decision
 from medseg.retraining.rule import margin_of_each
 from medseg.retraining.settings import RetrainConfig
 from medseg.spec import Case, Dataset, Spec, load_dataset
 from medseg.studies import read_study
 from medseg.training.manifest import learning_cases, make_manifest, source_of
+from medseg.training.start import DIGITS
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,23 @@ def refuse_leaks(job: TickJob) -> None:
             f"{what} as gate case {twin}; take them out of the training data (splits), never out of the gate",
             code="GATE_LEAK",
         )
+
+
+def refuse_known_gate(job: TickJob, info: BundleInfo) -> None:
+    """Refuse to fine-tune a model that has learnt from a gate image, by the files' bytes, as far as it tells.
+
+    Raises
+    ------
+    RetrainingError : GATE_LEAK, naming a case.
+    """
+    seen = {image for images in info.seen.values() for image in images}
+    for case in job.gate.cases:
+        if content_digests(case)[1][:DIGITS] in seen:
+            raise RetrainingError(
+                f"the champion has learnt from gate case {case.id}: what comes of it would be judged by what it knows; "
+                "leave `start: champion` out, or take a gate that the champion does not know",
+                code="GATE_LEAK",
+            )
 
 
 def _image_hashes(spec: Spec, cases: Sequence[Case], known: dict[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from medseg import config
 from medseg.config import Config
@@ -33,13 +33,25 @@ class Gate(Config):
 
 
 class Training(Config):
-    """How long and with what to train: `budget` or `steps`, as for medseg train."""
+    """How long and with what to train: `budget` or `steps`, as for medseg train.
+
+    Attributes
+    ----------
+    start : "champion": fine-tune the champion that is there when a training begins; the first model begins with random
+        weights, as all do unless told.
+    """
 
     budget: str | None = None
     steps: int | None = Field(default=None, ge=1)
     folds: int | None = Field(default=None, ge=2)
     network: str | None = None
     settings: tuple[str, ...] = ()
+    start: Literal["champion"] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_start(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a start that is not told: jobs from before there was one keep their digests."""
+        return {key: value for key, value in values(self).items() if key != "start" or value is not None}
 
     @field_validator("budget")
     @classmethod

@@ -25,7 +25,7 @@ from medseg.evaluation.table import Evaluation
 from medseg.evaluation.tracked import track_evaluation
 from medseg.files import digest
 from medseg.retraining.decisions import Decision, locked, read_decisions
-from medseg.retraining.job import TickJob, count_new, keep_manifest, open_job, refuse_leaks
+from medseg.retraining.job import TickJob, count_new, keep_manifest, open_job, refuse_known_gate, refuse_leaks
 from medseg.retraining.promotion import (
     CHALLENGER,
     CHAMPION,
@@ -41,6 +41,8 @@ from medseg.retraining.settings import load_settings
 from medseg.tracking import fetch, list_versions, start
 from medseg.training.request import Request
 from medseg.training.run import train
+from medseg.training.start import FOLDER as START
+from medseg.training.start import kept_start
 
 TICK = "tick"
 
@@ -130,7 +132,7 @@ def _tick(job: TickJob, decisions: Sequence[Decision], display: Display) -> Retr
     """Train, score, decide."""
     settings = job.settings
     former = current_aliases(settings.store, settings.name).get(CHAMPION)  # also: is the store alive?
-    model = _train(job, display)
+    model = _train(job, _start(job, former), display)
     challenger = _candidate(job, model, _register(job, model))
     champion = None if former is None else _fetch(job, former)
     new = _score(job, challenger, display)
@@ -145,7 +147,27 @@ def _tick(job: TickJob, decisions: Sequence[Decision], display: Display) -> Retr
     return result_of(decision, _page(job))
 
 
-def _train(job: TickJob, display: Display) -> Path:
+def _start(job: TickJob, former: int | None) -> Path | None:
+    """Return the model that the training begins with.
+
+    Of a training that has begun it is the copy in its folder, whoever is the champion now.
+
+    Raises
+    ------
+    RetrainingError : GATE_LEAK, the champion has learnt from an image of the gate.
+    """
+    if job.settings.training.start is None:
+        return None
+    if (job.run / "3_plan.yaml").exists():
+        return None if kept_start(job.run) is None else job.run / START
+    if former is None:
+        return None
+    model = _fetch(job, former).model
+    refuse_known_gate(job, open_bundle(model).info)
+    return model
+
+
+def _train(job: TickJob, start: Path | None, display: Display) -> Path:
     """Train in the run folder, or go on there, or find it done; returns the bundle."""
     asked = job.settings.training
     request = Request(
@@ -155,6 +177,7 @@ def _train(job: TickJob, display: Display) -> Path:
         network=asked.network,
         settings=asked.settings,
         seed=job.settings.seed,
+        from_model=start,
     )
     result = train(
         job.settings.dataset,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from medseg.bundle import open_bundle
 from medseg.errors import ExportError, MedsegError, RetrainingError
 from medseg.evaluation.evaluate import targets_of
 from medseg.evaluation.table import Evaluation, Row, make_evaluation, write_evaluation
 from medseg.files import write_json
+from medseg.preparation.cache import content_digests
 from medseg.retraining import RetrainResult, decisions, promote_version, promotion, read_decisions, roll_back, tick
 from medseg.retraining.decisions import LOG, locked
 from medseg.retraining.promotion import current_aliases
@@ -39,6 +42,7 @@ class World:
             shutil.copyfile(root / "all" / "dataset.yaml", root / place / "dataset.yaml")
         self.qualities: list[float | None] = []
         self.trained: list[Path] = []
+        self.starts: list[Path | None] = []
         self.config = write_job()
 
     def copy(self, case: str, to: str, name: str | None = None) -> None:
@@ -77,6 +81,7 @@ def world(
     spec = make_spec(labels={"ball": 1, "box": 2}, channels=("mr",))
 
     def train(dataset: Path, *, out: Path, splits: Any, **options: Any) -> SimpleNamespace:
+        made.starts.append(options["request"].from_model)
         if not (out / "done.json").exists():
             made.trained.append(out)
             make_bundle(out / "6_model", spec, make_plan(spec, seed=len(made.trained)))
@@ -389,3 +394,38 @@ def test_a_manually_set_challenger_alias_is_cleared_by_its_promotion(world: Worl
 def test_errors_are_medseg_errors(tmp_path: Path) -> None:
     with pytest.raises(MedsegError, match="cannot be read"):
         retrain(tmp_path / "nowhere.yaml")
+
+
+def test_a_training_begins_with_the_champion_of_its_beginning(world: World) -> None:
+    world.config = world.write_job(training={"steps": 2, "start": "champion"})
+    world.tick(0.6)
+    assert world.starts == [None], "the first model has nobody to begin with"
+    world.copy("c4", "data")
+    world.tick(0.7)
+    first, second = world.trained
+    assert open_bundle(world.starts[1] or Path()).info.digest == open_bundle(first / "6_model").info.digest
+    # What the real training leaves; then the champion changes (it is the second now) and the rule asks anew.
+    (second / "3_plan.yaml").write_text("begun")
+    shutil.copytree(first / "6_model", second / "0_start")
+    world.config = world.write_job(training={"steps": 2, "start": "champion"}, rule={**RULE, "max_drop": 0.3})
+    world.tick()
+    assert world.starts[2] == second / "0_start", "a training that has begun keeps its beginning"
+    assert world.trained == [first, second]
+
+
+def test_a_champion_that_knows_the_gate_is_not_fine_tuned(world: World) -> None:
+    world.config = world.write_job(training={"steps": 2, "start": "champion"})
+    (case, *_) = tick_dataset(world.root / "gate").cases
+    known = content_digests(case)[1][:16]
+    real = tick.open_bundle
+
+    def knowing(path: Path) -> Any:
+        bundle = real(path)
+        return replace(bundle, info=bundle.info.model_copy(update={"seen": {"fold_0.safetensors": (known,)}}))
+
+    world.tick(0.6)
+    world.copy("c4", "data")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tick, "open_bundle", knowing)
+        refused(world, "GATE_LEAK", f"has learnt from gate case {case.id}")
+    assert len(world.trained) == 1
