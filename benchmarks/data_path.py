@@ -48,7 +48,7 @@ def write_cases(name: str, data: Path, folder: Path, number: int) -> None:
     """Write what all contenders read: N/{image,mask,locations}.npy."""
     import nibabel
 
-    from medseg.preparation.preprocess import _resize
+    from medseg.preparation.steps import resize_linear
 
     if name == "hippocampus":
         files = sorted((data / "hippocampus" / "imagesTr").glob("*.nii.gz"))[:number]
@@ -61,7 +61,7 @@ def write_cases(name: str, data: Path, folder: Path, number: int) -> None:
             import torch
 
             size = tuple(2 * n for n in image.shape)  # 3 mm -> 1.5 mm
-            image = _resize(torch.from_numpy(image)[None], size, labels=False)[0].numpy()  # type: ignore[arg-type]
+            image = resize_linear(torch.from_numpy(image)[None], size)[0].numpy()  # type: ignore[arg-type]
             mask = ((image > 150).astype(np.uint8) + (image > 300)).astype(np.uint8)
         else:
             mask = np.asarray(nibabel.load(mask_file).dataobj).astype(np.uint8)

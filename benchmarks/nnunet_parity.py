@@ -25,7 +25,8 @@ from medseg.inference.predict import Model, load_model, predict_logits
 from medseg.inference.sliding_window import window_logits
 from medseg.inference.windows import layout
 from medseg.preparation.path import prediction_path
-from medseg.preparation.preprocess import as_meta_tensor, restore
+from medseg.preparation.preprocess import as_meta_tensor
+from medseg.preparation.steps import restore
 from medseg.readers.nifti import read_nifti
 from medseg.targets import background_logits, decode, exclusive
 from medseg.volume import Volume

@@ -19,8 +19,8 @@ from medseg.inference.postprocess import postprocess, require_steps
 from medseg.inference.sliding_window import joined, mirrorings, planes, window_logits
 from medseg.inference.way_back import seen, ways_back
 from medseg.inference.windows import Layout, layout
-from medseg.preparation.path import prediction_path
-from medseg.preparation.preprocess import Step, as_meta_tensor, restore
+from medseg.preparation.prepare import prepare
+from medseg.preparation.steps import Step, restore
 from medseg.quality.apply import Quality, estimate
 from medseg.quality.signs import Notes, make_notes
 from medseg.targets import background_logits, decode, label_type, mean_logits, probabilities
@@ -230,19 +230,18 @@ def _prepared(model: Model, image: Volume, mirror: bool | None, notes: Notes | N
             f"{', '.join(spec.channels)}",
             code="CHANNEL_COUNT",
         )
-    data = {"image": as_meta_tensor(image).float()}
+    before = None
     if model.previous is not None:
         mirror = plan.test_mirroring if mirror is None else mirror
-        data["previous"] = as_meta_tensor(predict_volume(model.previous, image, mirror=mirror))
-    data = prediction_path(plan)(data)
-    prepared = data["image"].as_tensor()
+        before = predict_volume(model.previous, image, mirror=mirror)
+    found = prepare(image, plan, before)
+    prepared = found.image
     if notes is not None:
-        spacing = np.linalg.norm(np.asarray(data["image"].affine)[:3, :3], axis=0)
-        notes.look(prepared, spacing.tolist(), image)
-    if model.previous is not None:
+        notes.look(prepared, list(found.spacing), image)
+    if found.previous is not None:
         labels = torch.tensor(list(spec.foreground.values())).reshape(-1, 1, 1, 1)
-        prepared = torch.cat([prepared, (data["previous"].as_tensor() == labels).float()])
-    return prepared.to(model.device), data["steps"]
+        prepared = torch.cat([prepared, (found.previous == labels).float()])
+    return prepared.to(model.device), found.steps
 
 
 def _planes(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from medseg.inference.windows import Layout
 from medseg.preparation.interpolate import Line, linear_line
-from medseg.preparation.preprocess import Cropped, Oriented, Resampled, Step, lines_back
+from medseg.preparation.steps import Cropped, Oriented, Resampled, Step, lines_back
 
 Lines = tuple[Line, Line, Line]
 

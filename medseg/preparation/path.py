@@ -9,9 +9,15 @@ from monai.transforms import Compose, Transform
 
 from medseg.planning.plan import Plan, Triple
 from medseg.preparation.cache import CaseCache
-from medseg.preparation.preprocess import CropToContent, LoadStudy, NormaliseIntensity, Orient, Resample
+from medseg.preparation.preprocess import (
+    CropToContent,
+    LoadStudy,
+    NormaliseIntensity,
+    Orient,
+    Resample,
+    ResampleSplines,
+)
 from medseg.preparation.sampling import REACH, SamplePatch
-from medseg.preparation.splines import ResampleSplines
 from medseg.spec import Spec
 
 

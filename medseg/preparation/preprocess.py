@@ -8,63 +8,26 @@ to the grid of the source.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import nibabel.orientations as orientations
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.transforms import Transform
 from scipy import ndimage
 from torch import Tensor
 
 from medseg.errors import BundleError
-from medseg.planning.plan import Normalise, Spacing
-from medseg.preparation.interpolate import Line, interpolate, linear_line, nearest_line
+from medseg.planning.plan import NnUNet, Normalise, Spacing
+from medseg.preparation.splines import LABELS, coarse_axis, header_spacing, resize, resize_labels
+from medseg.preparation.steps import Cropped, Oriented, Resampled, Step, flips_to, resampled_size, resize_linear
 from medseg.spec import Case, Spec
 from medseg.studies import read_study
-from medseg.volume import Flips, Volume, orientation_to
+from medseg.volume import Volume
 
 Data = dict[str, Any]
-Shape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Oriented:
-    """Axes were swapped and flipped by nibabel's orientation array (3, 2)."""
-
-    flips: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Cropped:
-    """The box [start, stop) was kept of an image of size `shape`."""
-
-    start: Shape
-    stop: Shape
-    shape: Shape
-
-    @property
-    def box(self) -> tuple[slice, slice, slice]:
-        """What was kept."""
-        i, j, k = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
-        return i, j, k
-
-
-@dataclass(frozen=True)
-class Resampled:
-    """An image of size `shape` was brought to another size over the same extent.
-
-    The way back is trilinear; along `nearest` (an axis) it takes the nearest slice.
-    """
-
-    shape: Shape
-    nearest: int | None = None
-
-
-Step = Oriented | Cropped | Resampled
+Target = tuple[float, float, float | None]
 
 
 def as_meta_tensor(volume: Volume) -> MetaTensor:
@@ -100,16 +63,10 @@ class Orient(Transform):
     def __call__(self, data: Mapping[str, Any]) -> Data:
         """Turn image and mask."""
         image = data["image"]
-        flips = self._stored() if sorted(self.axis_codes) == ["I", "J", "K"] else self._pointing(image)
+        flips = flips_to(np.asarray(image.affine), self.axis_codes)
         step = Oriented(tuple((float(a), float(b)) for a, b in flips))
         move = orientations.inv_ornt_aff(flips, tuple(image.shape[1:]))
         return _apply(data, step, lambda x, _: _flip(x, flips), torch.from_numpy(move))
-
-    def _stored(self) -> Flips:
-        return np.array([[self.axis_codes.index(axis), 1] for axis in "IJK"], dtype=np.float64)
-
-    def _pointing(self, image: MetaTensor) -> Flips:
-        return orientation_to(np.asarray(image.affine), self.axis_codes)
 
 
 class CropToContent(Transform):
@@ -153,7 +110,39 @@ class Resample(Transform):
         move = np.diag([*scale, 1.0])
         move[:3, 3] = (scale - 1) / 2
         step = Resampled(shape)  # type: ignore[arg-type]
-        return _apply(data, step, lambda x, labels: _resize(x, size, labels), torch.from_numpy(move))
+        return _apply(data, step, lambda x, labels: resize_linear(x, size, labels=labels), torch.from_numpy(move))
+
+
+class ResampleSplines(Transform):
+    """Bring an image to `target` spacing (None: as it is along this axis), and the masks "previous" and "mask"."""
+
+    def __init__(self, target: Target, how: NnUNet) -> None:
+        self.target = target
+        self.how = how
+
+    def __call__(self, data: Mapping[str, Any]) -> Data:
+        """Resample image and previous mask; a step is noted also where the size stays."""
+        image = data["image"]
+        have = header_spacing(np.asarray(image.affine))
+        want = [h if t is None else t for h, t in zip(have, self.target, strict=True)]
+        shape = tuple(int(n) for n in image.shape[1:])
+        size = tuple(max(1, round(h / w * n)) for h, w, n in zip(have, want, shape, strict=True))
+        scale = np.array(shape) / np.array(size)
+        move = np.diag([*scale, 1.0])
+        move[:3, 3] = (scale - 1) / 2
+        affine = image.affine @ torch.from_numpy(move)
+        coarse = coarse_axis(self.how.image, have, want)
+        # On the way back the axis of order 0 is told; the spacing before is the network's, after it the image's.
+        back = coarse_axis(self.how.logits, want, have) if self.how.logits.order_z == 0 else None
+        out = {**data, "image": MetaTensor(resize(image.as_tensor(), size, self.how.image, coarse), affine=affine)}
+        learnt = LABELS.model_copy(update={"separate": self.how.image.separate})
+        for key, rule in (("previous", self.how.previous), ("mask", learnt)):
+            if key in data and rule is not None:
+                mask = data[key].as_tensor().numpy()[0]
+                labels = resize_labels(mask, size, rule, coarse_axis(rule, have, want))
+                out[key] = MetaTensor(torch.from_numpy(labels[None]), affine=affine)
+        out["steps"] = (*data.get("steps", ()), Resampled(shape, back))  # type: ignore[arg-type]
+        return out
 
 
 class NormaliseIntensity(Transform):
@@ -217,56 +206,3 @@ def _flip(x: Tensor, flips: Any) -> Tensor:
         order[int(target)] = axis + 1
     reversed_axes = [axis + 1 for axis, (_, direction) in enumerate(flips) if direction < 0]
     return (x.flip(reversed_axes) if reversed_axes else x).permute(0, *order).contiguous()
-
-
-def resampled_size(shape: Shape, have: Spacing, want: Spacing) -> Shape:
-    """Return the size (at least 1 voxel an axis) whose spacing over the same extent is nearest to `want`."""
-    i, j, k = (max(1, round(n * h / w)) for n, h, w in zip(shape, have, want, strict=True))
-    return i, j, k
-
-
-def _resize(x: Tensor, size: Shape, labels: bool) -> Tensor:
-    if tuple(x.shape[1:]) == size:
-        return x
-    if not labels:
-        return F.interpolate(x[None].float(), size, mode="trilinear")[0]
-    best = torch.zeros((1, *size))
-    result = torch.zeros((1, *size), dtype=x.dtype)
-    for value in torch.unique(x).tolist():
-        share = F.interpolate((x == value)[None].float(), size, mode="trilinear")[0]
-        result[share > best] = value
-        best = torch.maximum(best, share)
-    return result
-
-
-def restore(logits: Tensor, steps: tuple[Step, ...], *, fill: float | Tensor, axis: int = 0) -> Tensor:
-    """Bring (K, I, J, K') values on the prepared grid back to the grid of the source, undoing `steps` in reverse.
-
-    Voxels outside a crop get `fill`: a number, or one number per channel (K,). `axis` is interpolated first; the last
-    digit depends on it (see medseg.preparation.interpolate).
-    """
-    for step in reversed(steps):
-        if isinstance(step, Resampled):
-            logits = interpolate(logits, lines_back(step, tuple(logits.shape[1:])), axis=axis)  # type: ignore[arg-type]
-        elif isinstance(step, Cropped):
-            whole = torch.as_tensor(fill, dtype=logits.dtype).reshape(-1, 1, 1, 1)
-            whole = whole.expand(logits.shape[0], *step.shape).clone()
-            whole[(slice(None), *step.box)] = logits
-            logits = whole
-        else:
-            logits = _unflip(logits, step.flips)
-    return logits
-
-
-def lines_back(step: Resampled, shape: Shape) -> tuple[Line, Line, Line]:
-    """Return how each axis of a prepared grid of `shape` leads back to that before the step."""
-    i, j, k = (
-        (nearest_line if axis == step.nearest else linear_line)(shape[axis], step.shape[axis]) for axis in range(3)
-    )
-    return i, j, k
-
-
-def _unflip(x: Tensor, flips: tuple[tuple[float, float], ...]) -> Tensor:
-    x = x.permute(0, *(int(target) + 1 for target, _ in flips))
-    reversed_axes = [axis + 1 for axis, (_, direction) in enumerate(flips) if direction < 0]
-    return x.flip(reversed_axes).contiguous() if reversed_axes else x.contiguous()

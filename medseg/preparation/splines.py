@@ -8,58 +8,22 @@ double precision, and agrees with it to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
-from monai.transforms import Transform
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from medseg.planning.plan import Interpolation, NnUNet
+from medseg.planning.plan import Interpolation
 from medseg.preparation.interpolate import nearest_slices
-from medseg.preparation.preprocess import Data, Resampled
 
 ANISOTROPIC = 3.0
 """A spacing over this many times another is resampled apart (nnU-Net's ANISO_THRESHOLD)."""
 LABELS = Interpolation(order=1, order_z=0)
 """How the masks that are learnt from are resampled (nnU-Net's resampling_fn_seg)."""
-Target = tuple[float, float, float | None]
-
-
-class ResampleSplines(Transform):
-    """Bring an image to `target` spacing (None: as it is along this axis), and the masks "previous" and "mask"."""
-
-    def __init__(self, target: Target, how: NnUNet) -> None:
-        self.target = target
-        self.how = how
-
-    def __call__(self, data: Mapping[str, Any]) -> Data:
-        """Resample image and previous mask; a step is noted also where the size stays."""
-        image = data["image"]
-        have = header_spacing(np.asarray(image.affine))
-        want = [h if t is None else t for h, t in zip(have, self.target, strict=True)]
-        shape = tuple(int(n) for n in image.shape[1:])
-        size = tuple(max(1, round(h / w * n)) for h, w, n in zip(have, want, shape, strict=True))
-        scale = np.array(shape) / np.array(size)
-        move = np.diag([*scale, 1.0])
-        move[:3, 3] = (scale - 1) / 2
-        affine = image.affine @ torch.from_numpy(move)
-        coarse = coarse_axis(self.how.image, have, want)
-        # On the way back the axis of order 0 is told; the spacing before is the network's, after it the image's.
-        back = coarse_axis(self.how.logits, want, have) if self.how.logits.order_z == 0 else None
-        out = {**data, "image": MetaTensor(resize(image.as_tensor(), size, self.how.image, coarse), affine=affine)}
-        learnt = LABELS.model_copy(update={"separate": self.how.image.separate})
-        for key, rule in (("previous", self.how.previous), ("mask", learnt)):
-            if key in data and rule is not None:
-                mask = data[key].as_tensor().numpy()[0]
-                labels = resize_labels(mask, size, rule, coarse_axis(rule, have, want))
-                out[key] = MetaTensor(torch.from_numpy(labels[None]), affine=affine)
-        out["steps"] = (*data.get("steps", ()), Resampled(shape, back))  # type: ignore[arg-type]
-        return out
 
 
 def header_spacing(affine: NDArray[Any]) -> list[float]:
@@ -102,18 +66,21 @@ def resize(x: Tensor, size: Sequence[int], rule: Interpolation, coarse: int | No
     within = tuple(axis + 1 for axis in range(3) if axis != coarse)
     low, high = x.amin(within, keepdim=True), x.amax(within, keepdim=True)
     for axis in sorted(first, key=lambda a: size[a] / x.shape[a + 1]):
-        x = _along(x, axis, size[axis], rule.order)
+        x = spline_along(x, axis + 1, size[axis], rule.order)
     x = torch.maximum(torch.minimum(x, high), low)
-    if coarse is not None and x.shape[coarse + 1] != size[coarse]:
-        if rule.order_z == 0:
-            return x.index_select(coarse + 1, torch.from_numpy(nearest_slices(x.shape[coarse + 1], size[coarse])))
-        x = _along(x, coarse, size[coarse], rule.order_z)
+    if coarse is not None:
+        x = spline_along(x, coarse + 1, size[coarse], rule.order_z)
     return x.contiguous()
 
 
-def _along(x: Tensor, axis: int, size: int, order: int) -> Tensor:
-    matrix = torch.from_numpy(spline_matrix(x.shape[axis + 1], size, order)).to(x)
-    result: Tensor = torch.tensordot(x, matrix, dims=([axis + 1], [1])).movedim(-1, axis + 1)
+def spline_along(x: Tensor, dim: int, size: int, order: int) -> Tensor:
+    """Resample a tensor along one dimension; of order 0 by the nearest slice."""
+    if x.shape[dim] == size:
+        return x
+    if order == 0:
+        return x.index_select(dim, torch.from_numpy(nearest_slices(x.shape[dim], size)))
+    matrix = torch.from_numpy(spline_matrix(x.shape[dim], size, order)).to(x)
+    result: Tensor = torch.tensordot(x, matrix, dims=([dim], [1])).movedim(-1, dim)
     return result
 
 

@@ -21,7 +21,7 @@ from medseg.inference import labels
 from medseg.inference.predict import Model, predict_logits, predict_soft, predict_volume
 from medseg.inference.sliding_window import joined, planes, slide
 from medseg.inference.windows import importance, layout, window_size, window_starts
-from medseg.preparation.preprocess import Resampled, restore
+from medseg.preparation.steps import Resampled, restore
 from medseg.volume import Volume, reorient
 
 Make = Callable[..., Any]

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.data.utils import compute_importance_map
 from scipy import ndimage
 from torch import Tensor
 
 from medseg.inference.sliding_window import joined, planes
-from medseg.inference.windows import Layout, importance, layout, window_starts
+from medseg.inference.windows import Layout, gaussian, importance, layout, window_starts
 
 Make = Callable[..., Any]
 
@@ -94,3 +95,8 @@ def test_what_depends_on_a_voxel_alone_is_given_back_as_it_is(
     logits = joined(planes(image, predict, where), where)
     assert torch.allclose(logits, torch.cat([image, image[:1] * 2]), atol=1e-5)
     assert (max(seen) > 1) == (window[2] == 1)
+
+
+@pytest.mark.parametrize("window", [(16, 16, 1), (32, 20, 48), (1, 9, 2)])
+def test_weights_are_monai_s(window: tuple[int, int, int]) -> None:
+    assert torch.equal(gaussian(window), compute_importance_map(window, mode="gaussian", sigma_scale=0.125))

@@ -23,9 +23,8 @@ from medseg.preparation.preprocess import (
     Orient,
     Resample,
     as_meta_tensor,
-    resampled_size,
-    restore,
 )
+from medseg.preparation.steps import resampled_size, restore
 from medseg.volume import Volume
 
 Array = NDArray[Any]

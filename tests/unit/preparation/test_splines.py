@@ -12,8 +12,8 @@ from skimage.transform import resize as skimage_resize
 
 from medseg.planning.plan import Interpolation
 from medseg.preparation.interpolate import nearest_slices
-from medseg.preparation.preprocess import Resampled, restore
 from medseg.preparation.splines import coarse_axis, header_spacing, resize, resize_labels, spline_matrix
+from medseg.preparation.steps import Resampled, restore
 
 SIZES = [((13, 20, 17), (7, 31, 17)), ((6, 9, 30), (12, 4, 10)), ((5, 5, 1), (9, 4, 1)), ((4, 5, 6), (1, 1, 1))]
 
