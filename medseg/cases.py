@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medseg.errors import SpecError
+from medseg.files import digest, file_digest
 from medseg.privacy import keyed_id
 from medseg.readers import reader_for
 from medseg.spec import Case, Spec
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 
 OURS = "medseg"
 """Manufacturer of the objects that medseg writes: a result in an archive must never become what is learnt."""
+
+
+def source_digest(case: Case) -> str:
+    """Return the SHA-256 of the bytes of all files of a case (file names and places do not count)."""
+    return content_digests(case)[0]
+
+
+def content_digests(case: Case) -> tuple[str, str]:
+    """Return the SHA-256 of the bytes of all files of a case, and of those of its images alone; each is read once."""
+    files: dict[Path, str] = {}
+    for path in (*case.images, *case.label_files):
+        if path not in files:  # images and labels may share a folder
+            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            files[path] = digest(sorted(file_digest(p) for p in inside))
+    images = [files[path] for path in case.images]
+    return digest([*images, *(files[path] for path in case.label_files)]), digest(images)
 
 
 def find_cases(spec: Spec, root: Path) -> tuple[Case, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medseg.cases import source_digest
 from medseg.errors import MedsegError
 from medseg.files import digest
-from medseg.preparation.cache import source_digest
 from medseg.readers.allowances import Allowance
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.spec import Case

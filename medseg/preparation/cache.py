@@ -17,6 +17,7 @@ import numpy as np
 from monai.transforms import Transform
 from numpy.typing import NDArray
 
+from medseg.cases import source_digest
 from medseg.errors import MedsegError
 from medseg.files import digest, file_digest, write_atomically, write_json
 from medseg.planning.plan import Plan
@@ -113,22 +114,6 @@ def prepare_cases(
                     raise error.__cause__ from None
                 raise
         progress(number + 1, len(cases))
-
-
-def source_digest(case: Case) -> str:
-    """Return the SHA-256 of the bytes of all files of a case (file names and places do not count)."""
-    return content_digests(case)[0]
-
-
-def content_digests(case: Case) -> tuple[str, str]:
-    """Return the SHA-256 of the bytes of all files of a case, and of those of its images alone; each is read once."""
-    files: dict[Path, str] = {}
-    for path in (*case.images, *case.label_files):
-        if path not in files:  # images and labels may share a folder
-            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            files[path] = digest(sorted(file_digest(p) for p in inside))
-    images = [files[path] for path in case.images]
-    return digest([*images, *(files[path] for path in case.label_files)]), digest(images)
 
 
 def class_locations(spec: Spec, mask: NDArray[Any]) -> NDArray[np.int32]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from medseg.cases import content_digests
 from medseg.errors import ReadError, TrainingError
 from medseg.files import digest
-from medseg.preparation.cache import content_digests
 from medseg.spec import Case, Dataset, Spec, spec_digest
 
 

@@ -166,7 +166,7 @@ def test_a_study_without_labels_and_one_without_a_channel(tree: Path, two_sequen
 
 
 def test_the_digest_of_a_case_follows_its_bytes_and_no_names(tree: Path, tmp_path: Path) -> None:
-    from medseg.preparation.cache import source_digest
+    from medseg.cases import source_digest
 
     before = {case.id: source_digest(case) for case in load_dataset(tree).cases}
     other = tmp_path / "renamed"

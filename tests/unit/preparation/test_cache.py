@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from medseg.cases import source_digest
 from medseg.errors import MedsegError, ReadError
 from medseg.planning.plan import Plan
 from medseg.preparation import cache as module
-from medseg.preparation.cache import CaseCache, class_locations, prepare_cases, source_digest
+from medseg.preparation.cache import CaseCache, class_locations, prepare_cases
 from medseg.preparation.path import after_cache, region_size, training_path, up_to_cache
 from medseg.spec import Case, Spec
 
