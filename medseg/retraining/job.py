@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from medseg.bundle import BundleInfo
+from medseg.cases import content_digests
 from medseg.checking.facts import image_hash
 from medseg.errors import RetrainingError
 from medseg.evaluation.evaluate import targets_of
 from medseg.files import digest, write_json
-from medseg.preparation.cache import content_digests
 from medseg.retraining.decisions import Decision
 from medseg.retraining.rule import margin_of_each
 from medseg.retraining.settings import RetrainConfig

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from medseg.bundle import open_bundle
+from medseg.cases import content_digests
 from medseg.errors import ExportError, MedsegError, RetrainingError
 from medseg.evaluation.evaluate import targets_of
 from medseg.evaluation.table import Evaluation, Row, make_evaluation, write_evaluation
 from medseg.files import write_json
-from medseg.preparation.cache import content_digests
 from medseg.retraining import RetrainResult, decisions, promote_version, promotion, read_decisions, roll_back, tick
 from medseg.retraining.decisions import LOG, locked
 from medseg.retraining.promotion import current_aliases
