@@ -1,13 +1,15 @@
 """Step times measured on this machine, from which the planner chooses.
 
 A measurement is short, and other work on the machine must not change a plan: each candidate makes a few steps, of
-which the fastest counts, and where the processor was shared, the time that this process got of it counts instead of
-the wall's. What was measured is kept (see step_times).
+which the fastest counts, and where the processor was shared, the work of a single thread tells what it would have been.
+What was measured is kept (see step_times).
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ REPEATS = 4
 """Steps that are timed, after one of warming up."""
 USUAL_SHARE = 0.9
 """On a machine without other work, the thread that leads a step has the processor for at least this of its time."""
+USUAL_EFFICIENCY = 0.8
+"""Of several threads against one."""
 
 
 def measure(
@@ -51,7 +55,7 @@ def measure(
     """
     began = time.monotonic()
     rows: dict[str, float] = {}
-    for width in sketch.widths:
+    for number, width in enumerate(sketch.widths):
         if rows and not worth_measuring(width, min(rows.values()), training_seconds):
             continue
         candidate = as_network(network, sketch.network(width))
@@ -59,9 +63,10 @@ def measure(
             step = _step(spec, sketch, candidate, precision)
             seconds = recall(device, step)
             if seconds is None:
-                if rows and time.monotonic() - began > longest:
+                # The precisions of the first width are always compared: a busy machine must not choose one.
+                if number and time.monotonic() - began > longest:
                     break
-                seconds = _timed(spec, sketch, candidate, precision, device)
+                seconds = _timed(spec, sketch, candidate, precision, device, longest=longest / 4)
                 if seconds is None:
                     continue
             rows[f"{width} {precision}"] = seconds
@@ -80,8 +85,45 @@ def _step(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str) -> dict[
     }
 
 
-def _step_seconds(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, device: torch.device) -> float:
-    """Return the seconds of forward, loss, backward and update, undisturbed: the least of a few steps."""
+def _step_seconds(
+    spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, device: torch.device, *, longest: float = math.inf
+) -> float:
+    """Return the seconds of forward, loss, backward and update on a machine where nothing else runs.
+
+    That is the least of a few steps. Where even that one had to share the processor, threads that wait for each other
+    burn the time of both, and no clock tells what was work: there a single thread is timed by its own clock, and more
+    are taken to share its work as well as they usually do.
+    """
+    step = _stepper(spec, sketch, plan, precision, device)
+    wall, worked = _least(step, REPEATS, longest=longest)
+    if device.type != "cpu" or worked >= USUAL_SHARE * wall:
+        return wall
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return worked / USUAL_SHARE
+    torch.set_num_threads(1)
+    try:
+        alone = _least(step, 2, longest=longest)[1]
+    finally:
+        torch.set_num_threads(threads)
+    return min(wall, worked / USUAL_SHARE, alone / (threads * USUAL_EFFICIENCY))
+
+
+def _least(step: Callable[[], None], repeats: int, *, longest: float) -> tuple[float, float]:
+    """Return the least wall time and the least time of the leading thread of steps, after one of warming up."""
+    began, rows = time.monotonic(), []
+    for number in range(repeats + 1):
+        start, own = time.monotonic(), time.thread_time()
+        step()
+        rows.append((time.monotonic() - start, time.thread_time() - own))
+        if number >= 1 and time.monotonic() - began > longest:
+            break
+    walls, worked = zip(*rows[1:], strict=True)
+    return min(walls), min(worked)
+
+
+def _stepper(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, device: torch.device) -> Callable[[], None]:
+    """Return a training step on noise."""
     network = make_candidate(spec, sketch, plan).to(device)
     layout = torch.channels_last_3d if sketch.dimensions == 3 else torch.channels_last
     network = network.to(memory_format=layout)  # type: ignore[call-overload]
@@ -91,9 +133,8 @@ def _step_seconds(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, 
     target = torch.rand((sketch.batch_size, classes, *size), device=device).softmax(1)
     valid = torch.ones((sketch.batch_size, 1, *size), dtype=torch.bool, device=device)
     optimizer = torch.optim.AdamW(network.parameters())
-    seconds = []
-    for _ in range(REPEATS + 1):
-        began, worked = time.monotonic(), time.thread_time()
+
+    def step() -> None:
         with autocast(device.type, precision):
             levels = network.forward_levels(images.contiguous(memory_format=layout))
         loss = deep_supervision(LOSSES["dice_ce"], levels, target, valid, exclusive(spec))
@@ -101,20 +142,8 @@ def _step_seconds(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, 
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         float(loss.detach())
-        seconds.append(undisturbed(time.monotonic() - began, time.thread_time() - worked, device))
-    return min(seconds[1:])
 
-
-def undisturbed(wall: float, worked: float, device: torch.device) -> float:
-    """Return what a step takes where nothing else runs.
-
-    Parameters
-    ----------
-    wall : seconds that passed.
-    worked : seconds of them in which the leading thread had the processor. On a processor it leads every operation, so
-        that it has nearly all of them on a quiet machine, whatever the number of threads; on a GPU it waits.
-    """
-    return wall if device.type != "cpu" else min(wall, worked / USUAL_SHARE)
+    return step
 
 
 def as_network(name: str, planned: NetworkPlan) -> NetworkPlan:
@@ -146,10 +175,12 @@ def measure_network(spec: Spec, sketch: Draft, plan: NetworkPlan, device: torch.
     return Measured(device=device_name(device), threads=torch.get_num_threads(), step_seconds=rows)
 
 
-def _timed(spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, device: torch.device) -> float | None:
+def _timed(
+    spec: Spec, sketch: Draft, plan: NetworkPlan, precision: str, device: torch.device, *, longest: float = 5.0
+) -> float | None:
     """Time a step and keep its time; None where the memory does not hold it."""
     try:
-        seconds = round(_step_seconds(spec, sketch, plan, precision, device), 5)
+        seconds = round(_step_seconds(spec, sketch, plan, precision, device, longest=longest), 5)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +47,9 @@ def test_every_width_and_precision_is_measured(spec: Spec, sketch: Draft) -> Non
     assert measured.threads == torch.get_num_threads()
 
 
-def test_without_time_the_cheapest_is_measured_alone(spec: Spec, sketch: Draft) -> None:
-    assert list(measure(spec, sketch, CPU, longest=0, training_seconds=1e9).step_seconds) == ["narrow fp32"]
+def test_without_time_the_cheapest_width_is_measured_alone(spec: Spec, sketch: Draft) -> None:
+    rows = measure(spec, sketch, CPU, longest=0, training_seconds=1e9).step_seconds
+    assert list(rows) == ["narrow fp32", "narrow bf16"], "how busy the machine is must not choose the precision"
 
 
 def test_widths_that_cannot_be_chosen_cost_nothing(spec: Spec, sketch: Draft) -> None:
@@ -60,7 +60,7 @@ def test_widths_that_cannot_be_chosen_cost_nothing(spec: Spec, sketch: Draft) ->
 
 def test_times_are_recalled_and_need_no_time(spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure(spec, sketch, CPU, longest=60, training_seconds=1e9)
-    monkeypatch.setattr(calibrate, "_step_seconds", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(calibrate, "_step_seconds", lambda *args, **_: pytest.fail("measured again"))
     assert measure(spec, sketch, CPU, longest=0, training_seconds=1e9) == first
 
 
@@ -68,7 +68,7 @@ def test_times_are_recalled_and_need_no_time(spec: Spec, sketch: Draft, monkeypa
 def test_another_step_is_measured_anew(spec: Spec, sketch: Draft, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measure(spec, sketch, CPU, longest=60)
     asked: list[str] = []
-    monkeypatch.setattr(calibrate, "_step_seconds", lambda *args: asked.append(args[3]) or 1.0)
+    monkeypatch.setattr(calibrate, "_step_seconds", lambda *args, **_: asked.append(args[3]) or 1.0)
     if change == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     changed = {"patch": {"patch_size": (8, 8, 16)}, "batch": {"batch_size": 3}}.get(change, {})
@@ -76,15 +76,52 @@ def test_another_step_is_measured_anew(spec: Spec, sketch: Draft, change: str, m
     assert asked == ["fp32", "bf16"]
 
 
-def test_the_time_of_other_programs_does_not_count(spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert calibrate.undisturbed(1.0, 0.97, CPU) == 1.0, "what a quiet machine shows is the wall time"
-    assert calibrate.undisturbed(8.0, 0.9, CPU) == pytest.approx(1.0)
-    assert calibrate.undisturbed(8.0, 0.9, torch.device("cuda")) == 8.0, "a processor waits for its GPU"
-    # Each reading of the wall clock finds 5 more seconds gone, each of the thread's own clock 0.09.
-    walls, own = itertools.count(0, 5.0), itertools.count(0, 0.09)
-    clock = SimpleNamespace(monotonic=lambda: next(walls), thread_time=lambda: next(own), time=time.time)
-    monkeypatch.setattr(calibrate, "time", clock)
-    assert calibrate._step_seconds(spec, sketch, sketch.network("narrow"), "fp32", CPU) == pytest.approx(0.1)
+class Shared:
+    """Clocks of a machine on which a step takes `wall` seconds and its leading thread works `own` seconds of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, wall: float, own: float, alone: float) -> None:
+        self.wall, self.own, self.alone, self.threads = wall, own, alone, 4
+        self.now = self.worked = 0.0
+        clock = SimpleNamespace(monotonic=lambda: self.now, thread_time=lambda: self.worked, time=time.time)
+        monkeypatch.setattr(calibrate, "time", clock)
+        monkeypatch.setattr(calibrate, "_stepper", lambda *args: self.step)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
+        monkeypatch.setattr(torch, "set_num_threads", lambda number: setattr(self, "threads", number))
+
+    def step(self) -> None:
+        self.now += self.wall if self.threads > 1 else 10 * self.alone
+        self.worked += self.own if self.threads > 1 else self.alone
+
+
+@pytest.mark.parametrize(
+    ("wall", "own", "expected"),
+    [
+        (0.2, 0.19, 0.2),  # quiet: the wall's time
+        (5.0, 3.0, 0.2),  # busy, and threads that wait for each other burn time: 0.64 / 4 / 0.8
+        (0.21, 0.1, 0.1 / 0.9),  # a little busy: never more than what was seen
+        (0.15, 0.13, 0.13 / 0.9),
+    ],
+)
+def test_the_time_of_other_programs_does_not_count(
+    spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch, wall: float, own: float, expected: float
+) -> None:
+    shared = Shared(monkeypatch, wall=wall, own=own, alone=0.64)
+    assert calibrate._step_seconds(spec, sketch, sketch.network("narrow"), "fp32", CPU) == pytest.approx(expected)
+    assert shared.threads == 4, "the number of threads is as before"
+
+
+def test_a_processor_that_waits_for_its_gpu_is_not_busy(
+    spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Shared(monkeypatch, wall=5.0, own=0.1, alone=0.1)
+    network = sketch.network("narrow")
+    assert calibrate._step_seconds(spec, sketch, network, "fp32", torch.device("cuda")) == 5.0
+
+
+def test_a_step_that_takes_long_is_not_repeated(spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Shared(monkeypatch, wall=5.0, own=5.0, alone=5.0)
+    assert calibrate._step_seconds(spec, sketch, sketch.network("narrow"), "fp32", CPU, longest=1.0) == 5.0
+    assert shared.now == 10.0, "one to warm up, one that is timed"
 
 
 @pytest.mark.parametrize(
@@ -93,7 +130,7 @@ def test_the_time_of_other_programs_does_not_count(spec: Spec, sketch: Draft, mo
 def test_candidates_that_the_memory_does_not_hold_are_left_out(
     spec: Spec, sketch: Draft, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(spec: Spec, sketch: Draft, plan: Any, precision: str, device: torch.device) -> float:
+    def fails(spec: Spec, sketch: Draft, plan: Any, precision: str, device: torch.device, **_: Any) -> float:
         if precision == "fp32":
             raise error
         return 0.5
@@ -104,7 +141,7 @@ def test_candidates_that_the_memory_does_not_hold_are_left_out(
 
 
 def test_other_errors_are_not_hidden(spec: Spec, sketch: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> float:
+    def fails(*args: Any, **_: Any) -> float:
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(calibrate, "recall", lambda *args: None)
