@@ -84,17 +84,17 @@ def medseg_batches(folder: Path, patch: tuple[int, int, int], batch: int):  # ty
     from medseg.planning.plan import Augmentation
     from medseg.preparation.augment import augment
     from medseg.preparation.cache import CaseCache
-    from medseg.preparation.path import region_size
     from medseg.preparation.sampling import SamplePatch
     from medseg.training.loop import read_batch
 
     names = ("image", "mask", "locations")
     opened = [{n: np.load(p / f"{n}.npy", mmap_mode="r") for n in names} for p in sorted(folder.glob("[0-9]*"))]
     plan = SimpleNamespace(
-        seed=0, batch_size=batch, foreground_share=1 / 3, patch_size=patch, augmentation=Augmentation(elastic=0)
+        seed=0, batch_size=batch, foreground_share=1 / 3, patch_size=patch, dimensions=3,
+        augmentation=Augmentation(elastic=0),
     )
     cache = CaseCache.__new__(CaseCache)
-    path = Compose([cache, SamplePatch(region_size(plan), patch)])  # type: ignore[arg-type]
+    path = Compose([cache, SamplePatch(patch)])  # type: ignore[arg-type]
     job = SimpleNamespace(
         plan=plan, train=range(len(opened)), path=path, cache=lambda case: {"case": case, **opened[case]}
     )
@@ -102,9 +102,9 @@ def medseg_batches(folder: Path, patch: tuple[int, int, int], batch: int):  # ty
         step = 0
         ahead = reader.submit(read_batch, job, 0)  # type: ignore[arg-type]
         while True:
-            images, masks = ahead.result()
+            regions, changes = ahead.result()
             ahead = reader.submit(read_batch, job, step + 1)  # type: ignore[arg-type]
-            yield augment(images, masks, plan.augmentation, patch, seed=step, dimensions=3)
+            yield augment(regions, changes)
             step += 1
 
 

@@ -78,7 +78,9 @@ def answer_steps(options: argparse.Namespace) -> None:
     import torch
 
     from medseg.planning.plan import read_plan
-    from medseg.preparation.path import region_size
+    from medseg.preparation.augment import draw_changes
+    from medseg.preparation.sampling import read_through
+    from medseg.preparation.warp import Region
     from medseg.spec import load_dataset
     from medseg.training.loop import Job, Learner
 
@@ -93,14 +95,22 @@ def answer_steps(options: argparse.Namespace) -> None:
         spec=spec, plan=plan, path=nothing, cache=nothing, train=(), validation=(), checkpoint=Path(), digest="",
         device=torch.device("cpu"),
     )  # fmt: skip
-    learner, size = Learner(job), region_size(plan)
-    images = torch.randn((plan.batch_size, len(spec.channels), *size))
-    masks = torch.randint(len(spec.foreground) + 1, (plan.batch_size, 1, *size), dtype=torch.uint8)
+    learner, size = Learner(job), plan.patch_size
+    image = torch.randn((len(spec.channels), *size)).numpy()
+    mask = torch.randint(len(spec.foreground) + 1, (1, *size), dtype=torch.uint8).numpy()
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
+            changes = draw_changes(
+                plan.augmentation, size, seed=learner.state.step, batch=plan.batch_size, dimensions=plan.dimensions
+            )
+            regions = []
+            for margin in changes.margins():
+                part, centre = read_through(image, (0, 0, 0), size, margin)
+                labels = read_through(mask, (0, 0, 0), size, margin)[0]
+                regions.append(Region(torch.from_numpy(part), torch.from_numpy(labels), centre))
             began = time.monotonic()
-            learner.step(images, masks, 1e-3)
+            learner.step(regions, changes, 1e-3)
             seconds.append(time.monotonic() - began)
         print("RESULT " + json.dumps(seconds), flush=True)
 

@@ -11,7 +11,7 @@ from medseg.device import best_device, device_name
 from medseg.evaluation.metrics import METRICS
 from medseg.losses import LOSSES
 from medseg.networks import NETWORKS
-from medseg.preparation.augment import AUGMENTATIONS
+from medseg.preparation.intensity import AUGMENTATIONS
 from medseg.readers import READERS
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from monai.transforms import Compose, Transform
 
-from medseg.planning.plan import Plan, Triple
+from medseg.planning.plan import Plan
 from medseg.preparation.cache import CaseCache
 from medseg.preparation.preprocess import (
     CropToContent,
@@ -17,7 +16,7 @@ from medseg.preparation.preprocess import (
     Resample,
     ResampleSplines,
 )
-from medseg.preparation.sampling import REACH, SamplePatch
+from medseg.preparation.sampling import SamplePatch
 from medseg.spec import Spec
 
 
@@ -45,7 +44,7 @@ def training_path(spec: Spec, plan: Plan, cache: CaseCache) -> Compose:
             LoadStudy(spec),
             *geometry_and_intensity(plan),
             cache,
-            SamplePatch(region_size(plan), plan.patch_size),
+            SamplePatch(plan.patch_size),
         ]
     )
 
@@ -57,16 +56,10 @@ def up_to_cache(path: Compose) -> Any:
 
 
 def after_cache(path: Compose) -> Any:
-    """Return the random part of a training path: opened arrays and "foreground" -> region."""
+    """Return the random part of a training path: opened arrays and "foreground" (and "margin") -> region."""
     start = _cache_position(path) + 1
     return lambda data: path(data, start=start)
 
 
 def _cache_position(path: Compose) -> int:
     return next(i for i, step in enumerate(path.transforms) if isinstance(step, CaseCache))
-
-
-def region_size(plan: Plan) -> Triple:
-    """Return the size of what is read for a patch: larger by whole voxels on both sides, so that centres agree."""
-    i, j, k = (n + 2 * math.ceil(n * (REACH - 1) / 2) if n > 1 else n for n in plan.patch_size)
-    return i, j, k

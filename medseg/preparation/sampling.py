@@ -15,28 +15,24 @@ from numpy.typing import NDArray
 
 from medseg.planning.plan import Triple
 
-REACH = 1.25
-"""The region read for a patch is larger than it by this factor, so that turning it brings no black corners."""
-
 
 class SamplePatch(Randomizable, Transform):
-    """Read a random region around a voxel of an opened case.
+    """Read a random patch of an opened case, and around it as much as its transform needs.
 
     Parameters
     ----------
-    size : (I, J, K) of the region; what lies outside of the image is 0 in the image and in the mask.
-    patch : (I, J, K) of its centre part, for which it is read (see preparation.augment); the region unless told.
-        The patch lies inside an image that is large enough for it, so that no border is left out.
+    size : (I, J, K) of the patch; what lies outside of the image is 0 in the image and in the mask. The patch lies
+        inside an image that is large enough for it, so that no border is left out.
 
     Given {"image", "mask", "locations", "foreground"} as memory maps, "foreground" True demands a patch that holds
     a voxel of a label, at its centre where the image is large enough (label by label with equal probability, then
-    voxel); False any place. A case without foreground is sampled anywhere. Randomness comes from
+    voxel); False any place. A case without foreground is sampled anywhere. "margin" (I, J, K), if there, is how many
+    voxels beyond the patch are read on both sides, as `read_through` does. Randomness comes from
     ``set_random_state``, as with MONAI's own.
     """
 
-    def __init__(self, size: Triple, patch: Triple | None = None) -> None:
+    def __init__(self, size: Triple) -> None:
         self.size = size
-        self.patch = patch or size
         self.centre = (0, 0, 0)
 
     def randomize(self, data: Mapping[str, Any]) -> None:
@@ -53,14 +49,34 @@ class SamplePatch(Randomizable, Transform):
         self.centre = (i, j, k)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Draw and read: {"case", "image" (C, *size), "mask" (1, *size)} as tensors."""
+        """Draw and read: {"case", "image" (C, *R), "mask" (1, *R), "centre"}, the patch's centre in the region."""
         self.randomize(data)
-        i, j, k = patch_start(self.centre, self.patch, data["image"].shape[1:])
-        margin = [(n - p) // 2 for n, p in zip(self.size, self.patch, strict=True)]
-        start = (i - margin[0], j - margin[1], k - margin[2])
-        image = MetaTensor(torch.from_numpy(read_region(data["image"], start, self.size)))
-        mask = MetaTensor(torch.from_numpy(read_region(data["mask"], start, self.size)))
-        return {"case": data["case"], "image": image, "mask": mask}
+        start = patch_start(self.centre, self.size, data["image"].shape[1:])
+        found: dict[str, Any] = {"case": data["case"]}
+        for key in ("image", "mask"):
+            region, found["centre"] = read_through(data[key], start, self.size, data.get("margin", (0, 0, 0)))
+            found[key] = MetaTensor(torch.from_numpy(region))
+        return found
+
+
+def read_through(
+    array: NDArray[Any], start: Triple, size: Triple, margin: Triple
+) -> tuple[NDArray[Any], tuple[float, float, float]]:
+    """Return what a patch with a margin on both sides reads of (C, I, J, K), and where its centre lies in it.
+
+    Without a margin that is the patch itself, 0 where it lies outside of the image. With one, all of the outside but
+    one voxel is left out along each axis: who reads beyond the border of the region takes the border's 0.
+    """
+    if margin == (0, 0, 0):
+        i, j, k = ((n - 1) / 2 for n in size)
+        return read_region(array, start, size), (i, j, k)
+    begin, stop = [], []
+    for s, n, m, whole in zip(start, size, margin, array.shape[1:], strict=True):
+        begin.append(max(s - m, -1))
+        stop.append(min(s + n + m, whole + 1))
+    i, j, k = (s - b + (n - 1) / 2 for s, b, n in zip(start, begin, size, strict=True))
+    first, second, third = (t - b for b, t in zip(begin, stop, strict=True))
+    return read_region(array, (begin[0], begin[1], begin[2]), (first, second, third)), (i, j, k)
 
 
 def patch_start(centre: Triple, size: Triple, shape: tuple[int, ...]) -> Triple:

@@ -26,10 +26,11 @@ from medseg.inference.sliding_window import slide
 from medseg.losses import LOSSES, deep_supervision
 from medseg.parallel import StopRequest, added, stop_request, world
 from medseg.planning.plan import Plan
-from medseg.preparation.augment import augment
+from medseg.preparation.augment import Changes, augment, draw_changes
 from medseg.preparation.cache import CaseCache
 from medseg.preparation.path import after_cache
 from medseg.preparation.sampling import drawn_cases, draws
+from medseg.preparation.warp import Region
 from medseg.spec import Case, Spec
 from medseg.targets import decode, encode, exclusive
 from medseg.training.drawn import add_drawn, label_voxels
@@ -105,10 +106,10 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
         ahead = reader.submit(read_batch, job, state.step)
         while (factor := _next_factor(schedule, state.step, stop)) is not None:
             began = time.monotonic()
-            images, masks = ahead.result()
+            regions, changes = ahead.result()
             state.pace.waiting += time.monotonic() - began
             ahead = reader.submit(read_batch, job, state.step + 1)
-            learner.step(images, masks, factor)
+            learner.step(regions, changes, factor)
             state.pace.stepping += time.monotonic() - began
             state.seconds = spent + time.monotonic() - resumed
             watch(state, schedule, time.monotonic() - began)
@@ -146,23 +147,28 @@ def _next_factor(schedule: Schedule, step: int, stop: StopRequest) -> float | No
     return None if math.isnan(told) else told
 
 
-def read_batch(job: Job, step: int) -> tuple[Tensor, Tensor]:
-    """Return this process's regions of a step: images (B, C, *R) and masks (B, 1, *R), a pure function of the plan."""
+def read_batch(job: Job, step: int) -> tuple[list[Region], Changes]:
+    """Return this process's regions of a step and what is to be done with them, a pure function of the plan."""
+    plan = job.plan
     rows = draws(
-        seed=job.plan.seed,
+        seed=plan.seed,
         step=step,
-        batch_size=job.plan.batch_size,
+        batch_size=plan.batch_size,
         cases=len(job.train),
-        foreground_share=job.plan.foreground_share,
+        foreground_share=plan.foreground_share,
     )
+    seed = int(np.random.default_rng((plan.seed, 3, step)).integers(2**62))
+    changes = draw_changes(
+        plan.augmentation, plan.patch_size, seed=seed, batch=plan.batch_size, dimensions=plan.dimensions
+    ).rows(world().share)
     pick = after_cache(job.path)
-    images, masks = [], []
-    for row in rows[world().share]:
+    regions = []
+    for row, margin in zip(rows[world().share], changes.margins(), strict=True):
         job.path.set_random_state(seed=row.seed)
-        region = pick({**job.cache(job.train[row.case_index]), "foreground": row.foreground})
-        images.append(region["image"].as_tensor())
-        masks.append(region["mask"].as_tensor())
-    return torch.stack(images), torch.stack(masks)
+        case = job.cache(job.train[row.case_index])
+        found = pick({**case, "foreground": row.foreground, "margin": margin})
+        regions.append(Region(found["image"].as_tensor(), found["mask"].as_tensor(), found["centre"]))
+    return regions, changes
 
 
 class Learner:
@@ -191,21 +197,11 @@ class Learner:
         if world().size > 1:
             self.levels = DistributedDataParallel(_Levels(self.network))
 
-    def step(self, images: Tensor, masks: Tensor, factor: float) -> None:
+    def step(self, regions: list[Region], changes: Changes, factor: float) -> None:
         """Augment a batch, learn from it, and move the running average."""
         plan, state = self.job.plan, self.state
-        seed = int(np.random.default_rng((plan.seed, 3, state.step)).integers(2**62))
         with Stopwatch(self.job.device) as augmenting:
-            images, masks = augment(
-                images.to(self.job.device),
-                masks.to(self.job.device),
-                plan.augmentation,
-                plan.patch_size,
-                seed=seed,
-                dimensions=plan.dimensions,
-                whole=plan.batch_size,
-                rows=world().share,
-            )
+            images, masks = augment([region.to(self.job.device) for region in regions], changes)
         held = label_voxels(masks, self.job.spec.foreground.values())
         if plan.dimensions == 2:
             images, masks = images[..., 0], masks[..., 0]

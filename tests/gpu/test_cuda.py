@@ -17,7 +17,8 @@ from medseg.files import file_digest
 from medseg.inference.predict import load_model
 from medseg.inference.sliding_window import slide, sparing
 from medseg.planning.plan import Augmentation
-from medseg.preparation.augment import augment
+from medseg.preparation.augment import augment, draw_changes
+from medseg.preparation.warp import Region
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,12 +70,15 @@ def test_windows_give_the_logits_of_the_processor(model: Path) -> None:
 def test_augmentation_is_that_of_the_processor() -> None:
     """But for noise, whose numbers come from the generator of the device."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn((4, 1, 30, 30, 30), generator=generator)
-    masks = torch.randint(0, 3, (4, 1, 30, 30, 30), generator=generator, dtype=torch.uint8)
+    pad = torch.nn.functional.pad  # the outermost voxels of a region are 0 where its patch reaches beyond it
+    images = pad(torch.randn((4, 1, 28, 28, 28), generator=generator), (1,) * 6)
+    masks = pad(torch.randint(0, 3, (4, 1, 28, 28, 28), generator=generator, dtype=torch.uint8), (1,) * 6)
     plan = Augmentation(mirror_axes=(0,), noise=0.0, spatial_probability=1.0, blur=1.0, gamma=1.0, contrast=1.0)
     found = []
     for device in ("cpu", "cuda"):
-        image, mask = augment(images.to(device), masks.to(device), plan, (24, 24, 24), seed=3, dimensions=3)
+        changes = draw_changes(plan, (24, 24, 24), seed=3, batch=4, dimensions=3)
+        regions = [Region(image, mask, (14.5, 14.5, 14.5)) for image, mask in zip(images, masks, strict=True)]
+        image, mask = augment([region.to(torch.device(device)) for region in regions], changes)
         found.append((image.cpu(), mask.cpu()))
     assert (found[0][0] - found[1][0]).abs().max() < 1e-3
     assert (found[0][1] != found[1][1]).float().mean() < 1e-3, "a point half way between two voxels may go either way"

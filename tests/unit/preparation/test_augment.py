@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
-from medseg.planning.plan import Augmentation
-from medseg.preparation.augment import (
-    AUGMENTATIONS,
-    Space,
-    apply_space,
-    augment,
-    draw_space,
-    thin_axis,
-)
+from medseg.planning.plan import Augmentation, Triple
+from medseg.preparation.augment import augment as augment_regions
+from medseg.preparation.augment import draw_changes
+from medseg.preparation.intensity import AUGMENTATIONS
+from medseg.preparation.space import Space, draw_space, thin_axis
+from medseg.preparation.warp import Region
+from medseg.preparation.warp import apply_space as warped
 
 REGION, SIZE = (14, 12, 10), (10, 8, 6)
 BOX = (slice(None), slice(None), slice(2, 12), slice(2, 10), slice(2, 8))
@@ -29,6 +30,28 @@ def batch(number: int = 3, channels: int = 2, size: tuple[int, ...] = REGION) ->
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(number, channels, *size, generator=generator)
     return images, torch.randint(4, (number, 1, *size), generator=generator, dtype=torch.uint8)
+
+
+def as_regions(images: Tensor, masks: Tensor) -> list[Region]:
+    """Regions whose centre is that of their patch."""
+    i, j, k = ((n - 1) / 2 for n in images.shape[2:])
+    return [Region(image, mask, (i, j, k)) for image, mask in zip(images, masks, strict=True)]
+
+
+def apply_space(images: Tensor, masks: Tensor, space: Space, size: Triple) -> tuple[Tensor, Tensor]:
+    return warped(as_regions(images, masks), space, size)
+
+
+def augment(
+    images: Tensor, masks: Tensor, plan: Augmentation, size: Triple, *, seed: int, dimensions: int
+) -> tuple[Tensor, Tensor]:
+    changes = draw_changes(plan, size, seed=seed, batch=len(images), dimensions=dimensions)
+    return augment_regions(as_regions(images, masks), changes)
+
+
+def change(name: str, image: Tensor, number: float) -> Tensor:
+    """One row on one image (C, I, J, K)."""
+    return AUGMENTATIONS[name].apply(image[None], torch.tensor([number], dtype=torch.float64))[0]
 
 
 def coordinates(number: int, size: tuple[int, ...] = REGION) -> Tensor:
@@ -199,9 +222,8 @@ rows = pytest.mark.parametrize("name", list(AUGMENTATIONS))
 @pytest.mark.parametrize("value", [0.0, 2.5, -1e4])
 @pytest.mark.parametrize("size", [(6, 5, 4), (6, 5, 1), (1, 1, 1)])
 def test_constant_images_stay_finite(name: str, value: float, size: tuple[int, ...]) -> None:
-    row = AUGMENTATIONS[name]
-    for number in row.draw(torch.Generator().manual_seed(0), 10):
-        found = row.apply(torch.full((2, *size), value), float(number))
+    for number in AUGMENTATIONS[name].draw(torch.Generator().manual_seed(0), 10):
+        found = change(name, torch.full((2, *size), value), float(number))
         assert found.shape == (2, *size)
         assert torch.isfinite(found).all()
 
@@ -223,7 +245,8 @@ def test_channels_do_not_see_each_other(name: str) -> None:
     other = image[0].clone()
     other[1] = other[1] * 100 + 1000
     for number in row.draw(torch.Generator().manual_seed(0), 5):
-        assert torch.allclose(row.apply(image[0], float(number))[0], row.apply(other, float(number))[0], atol=1e-5)
+        found, beside = change(name, image[0], float(number)), change(name, other, float(number))
+        assert torch.allclose(found[0], beside[0], atol=1e-5)
 
 
 @rows
@@ -231,22 +254,22 @@ def test_slices_of_a_flat_patch_are_kept(name: str) -> None:
     row = AUGMENTATIONS[name]
     image = torch.randn(1, 12, 10, 1)
     for number in row.draw(torch.Generator().manual_seed(0), 3):
-        assert row.apply(image, float(number)).shape == image.shape
+        assert change(name, image, float(number)).shape == image.shape
 
 
 def test_intensities_by_hand() -> None:
     image = torch.tensor([0.0, 1.0, 2.0, 5.0]).reshape(1, 4, 1, 1)
-    assert AUGMENTATIONS["brightness"].apply(image, 0.5).flatten().tolist() == [0, 0.5, 1, 2.5]
-    assert AUGMENTATIONS["contrast"].apply(image, 0.5).flatten().tolist() == [1, 1.5, 2, 3.5]
-    assert AUGMENTATIONS["contrast"].apply(image, 2.0).flatten().tolist() == [0, 0, 2, 5], "within the old range"
-    assert torch.allclose(AUGMENTATIONS["gamma"].apply(image, 1.0), image, atol=1e-5)
-    assert torch.allclose(AUGMENTATIONS["gamma"].apply(image, -1.0), image, atol=1e-5)
+    assert change("brightness", image, 0.5).flatten().tolist() == [0, 0.5, 1, 2.5]
+    assert change("contrast", image, 0.5).flatten().tolist() == [1, 1.5, 2, 3.5]
+    assert change("contrast", image, 2.0).flatten().tolist() == [0, 0, 2, 5], "within the old range"
+    assert torch.allclose(change("gamma", image, 1.0), image, atol=1e-5)
+    assert torch.allclose(change("gamma", image, -1.0), image, atol=1e-5)
 
 
 @pytest.mark.parametrize("exponent", [0.7, 1.5, -0.7, -1.5])
 def test_gamma_keeps_mean_deviation_and_order(exponent: float) -> None:
     image = torch.randn(1, 8, 8, 8)
-    found = AUGMENTATIONS["gamma"].apply(image, exponent)
+    found = change("gamma", image, exponent)
     assert torch.allclose(found.mean(), image.mean(), atol=1e-5)
     assert torch.allclose(found.std(), image.std(), atol=1e-5)
     assert torch.equal(found.flatten().argsort(), image.flatten().argsort())
@@ -255,13 +278,56 @@ def test_gamma_keeps_mean_deviation_and_order(exponent: float) -> None:
 def test_blur_is_a_gaussian_that_keeps_the_sum() -> None:
     image = torch.zeros(1, 11, 11, 11)
     image[0, 5, 5, 5] = 1
-    found = AUGMENTATIONS["blur"].apply(image, 1.0)
+    found = change("blur", image, 1.0)
     assert torch.allclose(found.sum(), torch.tensor(1.0), atol=1e-5)
     assert torch.allclose(found[0, 6, 5, 5] / found[0, 5, 5, 5], torch.tensor(-0.5).exp(), atol=1e-5)
     assert torch.allclose(found, found.transpose(1, 3), atol=1e-7)
 
 
 def test_noise_has_its_deviation() -> None:
-    found = AUGMENTATIONS["noise"].apply(torch.zeros(1, 30, 30, 30), 0.2)
+    found = change("noise", torch.zeros(1, 30, 30, 30), 0.2)
     assert abs(float(found.std()) - 0.2) < 0.01
     assert abs(float(found.mean())) < 0.01
+
+
+@rows
+def test_patches_of_a_batch_do_not_see_each_other(name: str) -> None:
+    """All at once is what each alone is."""
+    images, _ = batch(6)
+    numbers = AUGMENTATIONS[name].draw(torch.Generator().manual_seed(0), 6)
+    found = AUGMENTATIONS[name].apply(images, numbers)
+    for number in range(6):
+        assert torch.allclose(found[number], change(name, images[number], float(numbers[number])), atol=1e-6)
+
+
+def test_rows_of_a_batch_are_changed_as_in_the_whole() -> None:
+    """Two processes that share a batch make the patches that one makes."""
+    images, masks = batch(6)
+    changes = draw_changes(STRONG, SIZE, seed=3, batch=6, dimensions=3)
+    regions = as_regions(images, masks)
+    whole, whole_masks = augment_regions(regions, changes)
+    for rank in range(2):
+        share = slice(rank, None, 2)
+        found, found_masks = augment_regions(regions[share], changes.rows(share))
+        assert torch.allclose(found, whole[share], atol=1e-6)
+        assert torch.equal(found_masks, whole_masks[share])
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.7, 1.0])
+@pytest.mark.parametrize("size", [(9, 7, 5), (12, 2, 1)])
+def test_blur_is_that_of_scipy(sigma: float, size: tuple[int, ...]) -> None:
+    image = torch.randn(1, *size)
+    radius = max(1, int(3 * sigma))
+    expected = image[0].double().numpy()
+    for axis, n in enumerate(size):
+        if n > 1:
+            expected = ndimage.gaussian_filter1d(expected, sigma, axis, mode="nearest", radius=radius)
+    assert np.abs(change("blur", image, sigma)[0].numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.63, 0.99])
+def test_low_resolution_is_that_of_torch(factor: float) -> None:
+    image = torch.randn(2, 12, 9, 5)
+    small = tuple(round(n * factor) for n in image.shape[1:])
+    expected = F.interpolate(F.interpolate(image[None], small, mode="nearest"), image.shape[1:], mode="trilinear")
+    assert torch.allclose(change("low_resolution", image, factor), expected[0], atol=1e-5)

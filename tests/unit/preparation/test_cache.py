@@ -17,7 +17,7 @@ from medseg.errors import MedsegError, ReadError
 from medseg.planning.plan import Plan
 from medseg.preparation import cache as module
 from medseg.preparation.cache import CaseCache, class_locations, prepare_cases
-from medseg.preparation.path import after_cache, region_size, training_path, up_to_cache
+from medseg.preparation.path import after_cache, training_path, up_to_cache
 from medseg.spec import Case, Spec
 
 Make = Callable[..., Any]
@@ -239,12 +239,5 @@ def test_path_ends_in_regions(tmp_path: Path, spec: Spec, plan: Plan, case: Case
     prepare_cases(up_to_cache(path), cache, (case,))
     path.set_random_state(seed=1)
     region = after_cache(path)({**cache(case), "foreground": True})
-    assert region["image"].shape == region["mask"].shape == (1, *region_size(plan))
+    assert region["image"].shape == region["mask"].shape == (1, *plan.patch_size)
     assert region["case"] == case
-
-
-@pytest.mark.parametrize("patch", [(8, 8, 8), (28, 12, 20), (40, 56, 40), (64, 64, 1)])
-def test_margins_of_a_region_are_equal_on_both_sides(spec: Spec, make_plan: Make, patch: tuple[int, int, int]) -> None:
-    for n, region in zip(patch, region_size(make_plan(spec, patch_size=patch)), strict=True):
-        assert (region - n) % 2 == 0
-        assert region == n == 1 or 1.25 * n <= region < 1.25 * n + 2
