@@ -56,8 +56,8 @@ def ct_rows(data: Path, peers: str, spacing: float, work: Path) -> dict[str, flo
     from scipy import ndimage
 
     from medseg.planning.plan import Interpolation
-    from medseg.preparation.preprocess import _resize
     from medseg.preparation.splines import resize
+    from medseg.preparation.steps import resize_linear
 
     image = np.asarray(nibabel.load(data / "ct_body" / "ct_3mm_112.nii.gz").dataobj, dtype=np.float32)[None]
     size = tuple(round(n * 3 / spacing) for n in image.shape[1:])
@@ -65,10 +65,10 @@ def ct_rows(data: Path, peers: str, spacing: float, work: Path) -> dict[str, flo
     found = {}
     x = torch.from_numpy(image)
     began = time.monotonic()
-    linear = _resize(x, size, labels=False)  # type: ignore[arg-type]
+    linear = resize_linear(x, size, labels=False)  # type: ignore[arg-type]
     found["medseg, image trilinear"] = time.monotonic() - began
     began = time.monotonic()
-    _resize((x > 150).to(torch.uint8), size, labels=True)  # type: ignore[arg-type]
+    resize_linear((x > 150).to(torch.uint8), size, labels=True)  # type: ignore[arg-type]
     found["medseg, mask trilinear"] = time.monotonic() - began
     began = time.monotonic()
     cubic = resize(x, size, Interpolation(order=3, order_z=0), None)
