@@ -203,6 +203,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     postprocess: bool = True,
     workers: Workers | int | None = None,
     shard: str = "",
+    max_memory: str | int | None = None,
     display: Display | None = None,
 ) -> BatchResult:
     """Segment files, series folders, trees of studies or the cases of a dataset into ``OUT/<id>.nii.gz``.
@@ -218,6 +219,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     postprocess : False leaves the masks as the network made them, without the steps that the model brings along.
     workers : how many processes of their own do the studies (or a medseg.batch.engines.Workers with limits), so that
         one that crashes, hangs or takes too much memory costs itself only. None: this process, as for archives.
+    max_memory : "4GiB": what one process may take for a prediction; images are cut into tiles for it, with the very
+        same masks. Not for archives.
     shard : "2/8": only the second of eight parts of the studies; other commands do the others into the same OUT.
 
     Raises
@@ -233,6 +236,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     from medseg.pacs.address import is_address
     from medseg.pacs.predict import predict as predict_archives
     from medseg.readers.allowances import choose_allowances
+    from medseg.sizes import size
 
     display = display or Display(None)
     options: dict[str, Any] = {"mirror": mirror, "choice": cases, "splits": _path(splits), "formats": formats}
@@ -250,6 +254,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         options["warn"] = display.say
         options["watch"] = lambda status: display.show(status.share, status.text)
         options["shard"] = parse_shard(shard) if shard else Shard()
+        options["max_memory"] = size(max_memory) if isinstance(max_memory, str) else max_memory
         return predict_files([Path(place) for place in inputs], **options)
 
 

@@ -24,6 +24,7 @@ from medseg.cli_options import (
     Formats,
     From,
     Json,
+    MaxMemory,
     MemoryLimit,
     NoTrack,
     Postprocess,
@@ -221,6 +222,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
     workers: Workers = 1,
     timeout: Timeout = "2h",
     memory_limit: MemoryLimit = None,
+    max_memory: MaxMemory = None,
     scheduler: Scheduler = "",
     cluster: Cluster = None,
     shard: Shard = "",
@@ -251,6 +253,7 @@ def predict(  # noqa: PLR0913 - one parameter an option
         postprocess=postprocess,
         workers=workforce(workers, timeout, memory_limit, scheduler, cluster),
         shard=shard,
+        max_memory=max_memory,
         display=display(json),
     )
     end_batch(result, json=json)

@@ -89,6 +89,10 @@ MemoryLimit = Annotated[
     str | None,
     typer.Option(help="Memory of one worker with its model: 4GiB, 900MB (default: its share of 90 % of the machine)."),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="4GiB: predict in tiles so that a process stays below; same masks (docs/how-to/batch.md)."),
+]
 Scheduler = Annotated[str, typer.Option(help="HOST:PORT of a running Dask scheduler whose workers do the studies.")]
 Cluster = Annotated[
     Path | None, typer.Option(help="YAML of a queue (slurm, pbs, sge, lsf, htcondor) whose jobs do the studies.")

@@ -99,7 +99,16 @@ def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, l
     entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=settings.recipe)
     try:
         formats = settings.formats_of(study)
-        entry = segment(study, model, ledger, entry, mirror=settings.mirror, formats=formats, tell=told)
+        entry = segment(
+            study,
+            model,
+            ledger,
+            entry,
+            mirror=settings.mirror,
+            formats=formats,
+            max_memory=settings.max_memory,
+            tell=told,
+        )
     except ExportError:
         with contextlib.suppress(ExportError):  # nor may this have a place to be written
             ledger.end(study.id, {})

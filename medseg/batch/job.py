@@ -33,7 +33,7 @@ class Settings:
     model : folder of the bundle.
     info : content of its model.json as it is used here (rules may have been replaced).
     recipe : what results are made by; a worker that loads something else stops.
-    mirror, formats : as in medseg.batch.run.predict; no format: the usual one of each study.
+    mirror, formats, max_memory : as in medseg.batch.run.predict; no format: the usual one of each study.
     """
 
     out: Path
@@ -42,6 +42,7 @@ class Settings:
     recipe: str
     mirror: bool | None
     formats: tuple[str, ...]
+    max_memory: int | None = None
 
     def formats_of(self, study: StudyInput) -> tuple[str, ...]:
         """Return the formats in which a study is written."""

@@ -18,6 +18,7 @@ from medseg.batch.inputs import Choice, opened_inputs
 from medseg.batch.job import Settings, recipe
 from medseg.batch.ledger import Entry
 from medseg.batch.locks import alone, present
+from medseg.batch.memory import memory_text
 from medseg.batch.names import LINKAGE, read_linkage
 from medseg.batch.shards import Shard
 from medseg.batch.status import RUNS, Status, Tally, announce
@@ -69,6 +70,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     allow: Collection[Allowance] = (),
     workers: Workers | None = None,
     shard: Shard | None = None,
+    max_memory: int | None = None,
     tables: bool = True,
     warn: Callable[[str], None] = lambda text: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -94,6 +96,9 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     tables : write summary.csv and journal/summary.html, which list all studies of OUT, at the end.
     warn : is told before the run if the disk may become full.
     progress, watch : are called after each study: how many are over, and how the run stands.
+    max_memory : bytes that a process may take for a prediction (but for an ensemble of configurations, or for the
+        probabilities of seg-fractional): images are cut into tiles, with the same masks; `warn` is told the estimate
+        for the largest image.
     shard : which part of the studies; other runs do the others into the same OUT.
 
     Raises
@@ -109,13 +114,16 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         with opened_inputs(inputs, spec, choice=choice, splits=splits, out=out) as studies, _held(out):
             studies = [replace(study, allow=study.allow | set(allow)) for study in studies]
             info = bundle.info
-            settings = Settings(out, bundle.folder, info.model_dump_json(), recipe(info, mirror), mirror, names)
+            made_by = recipe(info, mirror)
+            settings = Settings(out, bundle.folder, info.model_dump_json(), made_by, mirror, names, max_memory)
             write_json(out / PROVENANCE, info.provenance(mirror))
             with alone(out, "tables"):
                 _write_linkage(out, studies)
             studies = [study for study in studies if shard is None or shard.holds(study.id)]
             if warning := require_room(studies, names, out):
                 warn(warning)
+            if max_memory is not None:
+                warn(memory_text(studies, info, max_memory))
             announce(out, [study.id for study in studies])
             found = _do(studies, settings, engine, progress, watch)
             if tables:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from medseg.exporters import EXPORTERS
 from medseg.exporters.nifti import write_nifti
 from medseg.exporters.result import DICOM_ONLY, PICTURES_ONLY, Result
 from medseg.files import file_digest
-from medseg.inference.predict import Model, predict_case
+from medseg.inference.predict import Model, Prediction, predict_case
 from medseg.quality.apply import Quality
 from medseg.readers.dicom_regular import FIGURES
 from medseg.readers.dicom_series import read_series
@@ -40,6 +41,7 @@ def segment(
     *,
     mirror: bool | None,
     formats: Sequence[str],
+    max_memory: int | None = None,
     tell: Callable[[str], None] = lambda stage: None,
 ) -> Entry:
     """Segment one study into OUT and return `entry` with how it ended; nothing is committed.
@@ -47,6 +49,7 @@ def segment(
     Parameters
     ----------
     entry : of the study, with state "failed" and the digests that it is made from.
+    max_memory : bytes that the process may take for the prediction; None: as many as it needs.
     tell : is called with "predicting" and "writing" when these begin.
 
     Raises
@@ -54,7 +57,8 @@ def segment(
     ExportError : DISK_FULL; nothing else, unless MEDSEG_DEBUG is set.
     """
     try:
-        return _segment(study, model, ledger, entry, mirror=mirror, formats=formats, tell=tell)
+        predict = partial(predict_case, model, mirror=mirror, max_memory=max_memory)
+        return _segment(study, model, ledger, entry, predict=predict, formats=formats, tell=tell)
     except MedsegError as error:
         if isinstance(error, ExportError) and error.code == "DISK_FULL":
             raise ExportError(f"case {study.id}: {error}", code=error.code) from error
@@ -83,7 +87,7 @@ def _segment(
     ledger: Ledger,
     entry: Entry,
     *,
-    mirror: bool | None,
+    predict: Callable[..., Prediction],
     formats: Sequence[str],
     tell: Callable[[str], None],
 ) -> Entry:
@@ -98,7 +102,7 @@ def _segment(
     image = read_study(study, spec)
     refuse_constant(image, spec)
     tell("predicting")
-    found = predict_case(model, image, mirror=mirror, soft=any(EXPORTERS[name].soft for name in formats))
+    found = predict(image, soft=any(EXPORTERS[name].soft for name in formats))
     tell("writing")
     placed = place(Result(found.mask, spec, entry.model_digest, image, study.series, found.soft), study.allow)
     outputs, notes = _write(placed, formats, ledger.out, study.id)

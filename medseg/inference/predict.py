@@ -15,6 +15,7 @@ from medseg.channels import with_rules
 from medseg.device import best_device
 from medseg.errors import BundleError
 from medseg.inference.labels import Key, paint
+from medseg.inference.memory import Case, Tile, forecast, tiles_of
 from medseg.inference.postprocess import postprocess, require_steps
 from medseg.inference.sliding_window import joined, mirrorings, planes, window_logits
 from medseg.inference.way_back import seen, ways_back
@@ -118,7 +119,9 @@ class Prediction:
     quality: Quality | None = None
 
 
-def predict_case(model: Model, image: Volume, *, mirror: bool | None = None, soft: bool = False) -> Prediction:
+def predict_case(
+    model: Model, image: Volume, *, mirror: bool | None = None, soft: bool = False, max_memory: int | None = None
+) -> Prediction:
     """Segment one image; parameters and errors as for `predict_volume`.
 
     The estimate of quality asks the networks nothing more than the mask does.
@@ -127,7 +130,8 @@ def predict_case(model: Model, image: Volume, *, mirror: bool | None = None, sof
     if soft:
         mask, chances = predict_soft(model, image, mirror=mirror, notes=notes)
     else:
-        mask, chances = predict_volume(model, image, mirror=mirror, notes=notes), None
+        mask = predict_volume(model, image, mirror=mirror, notes=notes, max_memory=max_memory)
+        chances = None
     fitted = model.bundle.info.quality
     quality = None if notes is None or fitted is None else estimate(fitted, notes.signs(mask))
     return Prediction(mask, chances, quality)
@@ -150,7 +154,14 @@ def notes_for(model: Model, *, mirror: bool) -> Notes:
 
 
 @torch.inference_mode()
-def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None) -> Volume:
+def predict_volume(
+    model: Model,
+    image: Volume,
+    *,
+    mirror: bool | None = None,
+    notes: Notes | None = None,
+    max_memory: int | None = None,
+) -> Volume:
     """Segment one image, plane by plane: the logits of the whole are never in memory (docs/explanation/streaming.md).
 
     Parameters
@@ -159,6 +170,8 @@ def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None, n
     mirror : average over mirrored inputs; unless told, as the plan says.
     notes : are filled with what the prepared image is like, and what each pass says; not for ensembles of
         configurations.
+    max_memory : bytes that the process may take: planes are then predicted in as many tiles as that needs, with the
+        very same answer. It does not bound ensembles of configurations.
 
     Returns
     -------
@@ -168,20 +181,24 @@ def predict_volume(model: Model, image: Volume, *, mirror: bool | None = None, n
     Raises
     ------
     BundleError : the image has another number of channels, or the network answers with NaN.
+    BatchError : MAX_MEMORY: `max_memory` is too little.
     """
     info = model.bundle.info
     if model.members:
         mask = decode(info.spec, predict_logits(model, image, mirror=mirror)).numpy()
         return postprocess(image.with_array(mask), info.postprocess, info.spec)
-    prepared, steps = _prepared(model, image, mirror, notes)
+    tiles = (1, 1)
+    if max_memory is not None:
+        held = resident() - image.array.nbytes
+        tiles = forecast(case_of(model, image), held=max(0, held), limit=max_memory).tiles
+    prepared, steps = _prepared(model, image, mirror, notes, max_memory)
     mask = np.zeros((1, *image.shape), label_type(info.spec))
     where = layout(prepared.shape[1:], info.plan)
-    paint(
-        _planes(model, prepared, where, mirror, notes),
-        ways_back(steps, where),
-        Key.of(info.spec),
-        seen(mask[0], steps, where),
-    )
+    view = seen(mask[0], steps, where)
+    visited: set[tuple[int, ...]] = set()
+    for tile, lines, (rows, columns) in tiles_of(ways_back(steps, where), tiles):
+        found = _planes(model, prepared, where, mirror, notes, tile=tile, visited=visited)
+        paint(found, lines, Key.of(info.spec), view[:, rows, columns])
     return postprocess(image.with_array(mask), info.postprocess, info.spec)
 
 
@@ -221,7 +238,22 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None, n
     return restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
 
 
-def _prepared(model: Model, image: Volume, mirror: bool | None, notes: Notes | None) -> tuple[Tensor, tuple[Step, ...]]:
+def case_of(model: Model, image: Volume) -> Case:
+    """Return what the memory of a prediction depends on."""
+    info = model.bundle.info
+    return Case(image.shape, image.affine, image.array.itemsize, info.plan, info.spec)
+
+
+def resident() -> int:
+    """Return the bytes that this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _prepared(
+    model: Model, image: Volume, mirror: bool | None, notes: Notes | None, max_memory: int | None = None
+) -> tuple[Tensor, tuple[Step, ...]]:
     """Return what the network is given (channels, I, J, K), on the device, and the steps that lead back."""
     plan, spec = model.bundle.info.plan, model.bundle.info.spec
     if image.array.shape[0] != len(spec.channels):
@@ -233,7 +265,7 @@ def _prepared(model: Model, image: Volume, mirror: bool | None, notes: Notes | N
     before = None
     if model.previous is not None:
         mirror = plan.test_mirroring if mirror is None else mirror
-        before = predict_volume(model.previous, image, mirror=mirror)
+        before = predict_volume(model.previous, image, mirror=mirror, max_memory=max_memory)
     found = prepare(image, plan, before)
     prepared = found.image
     if notes is not None:
@@ -245,13 +277,26 @@ def _prepared(model: Model, image: Volume, mirror: bool | None, notes: Notes | N
 
 
 def _planes(
-    model: Model, prepared: Tensor, where: Layout, mirror: bool | None, notes: Notes | None
+    model: Model,
+    prepared: Tensor,
+    where: Layout,
+    mirror: bool | None,
+    notes: Notes | None,
+    *,
+    tile: Tile | None = None,
+    visited: set[tuple[int, ...]] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the planes of logits; raises as `predict_volume`."""
+    """Yield the planes of logits; raises as `predict_volume`.
+
+    `visited` are windows that were predicted already, for another tile: they are noted once.
+    """
     plan = model.bundle.info.plan
     mirror = plan.test_mirroring if mirror is None else mirror
-    witness = None if notes is None else notes.witness
-    for plane in planes(prepared, window_logits(model.networks, plan, mirror=mirror, witness=witness), where):
+    quiet = window_logits(model.networks, plan, mirror=mirror)
+    noting = quiet
+    if notes is not None:
+        noting = window_logits(model.networks, plan, mirror=mirror, witness=notes.witness)
+    for plane in planes(prepared, noting, where, tile=tile, again=quiet, visited=visited):
         if not torch.isfinite(plane).all():
             raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
         yield plane

@@ -129,7 +129,13 @@ def _side(where: Layout, axis: int, part: Range) -> _Side:
 
 @torch.inference_mode()
 def planes(
-    image: Tensor, predict: Predictor, where: Layout, *, tile: tuple[Range, Range] | None = None
+    image: Tensor,
+    predict: Predictor,
+    where: Layout,
+    *,
+    tile: tuple[Range, Range] | None = None,
+    again: Predictor | None = None,
+    visited: set[tuple[int, ...]] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the logits (K, A, B) of each plane across `where.axis`, in order; A and B are the other axes in theirs.
 
@@ -139,13 +145,16 @@ def planes(
     predict : windows (B, C, *window) -> logits (B, K, *window).
     tile : the part [first, last) of A and of B that is wanted (all, unless told); only windows that reach it are
         predicted. The values are those of the whole plane, to the last bit.
+    again : predicts windows that are in `visited`, to which each window is added; it answers like `predict`.
     """
     axis = where.axis
     rest = [other for other in range(3) if other != axis]
     parts = tile or tuple((0, where.shape[other]) for other in rest)
     sides = tuple(_side(where, other, part) for other, part in zip(rest, parts, strict=True))
     size = tuple(side.high - side.low for side in sides)
-    padded, predict, weights = where.pad(image), sparing(predict), where.weights.to(image.device)
+    padded, weights = where.pad(image), where.weights.to(image.device)
+    first_time, later = sparing(predict), sparing(again or predict)
+    visited = set() if visited is None else visited
     depth, first = where.deep[axis], where.before[axis]
     wanted = range(first, first + where.shape[axis])
     total: Tensor | None = None
@@ -153,9 +162,12 @@ def planes(
     starts = where.starts[axis]
     for start, following in zip(starts, (*starts[1:], where.padded[axis]), strict=True):
         for corner in itertools.product(*(side.starts for side in sides)):
-            logits, weight = _window(padded, predict, where, weights, _inserted(corner, axis, start))
-            inside = tuple(side.inside(at) for side, at in zip(sides, corner, strict=True))
-            place = tuple(side.place(at) for side, at in zip(sides, corner, strict=True))
+            at = _inserted(corner, axis, start)
+            ask = later if at in visited else first_time
+            visited.add(at)
+            logits, weight = _window(padded, ask, where, weights, at)
+            inside = tuple(side.inside(edge) for side, edge in zip(sides, corner, strict=True))
+            place = tuple(side.place(edge) for side, edge in zip(sides, corner, strict=True))
             if total is None:
                 total = logits.new_zeros((len(logits), depth, *size))
             weight = weight[(slice(None), *inside)]

@@ -23,7 +23,7 @@ from medseg.planning.plan import Interpolation, Normalise, Plan
 from medseg.preparation.interpolate import along, linear_line
 from medseg.preparation.splines import coarse_axis, header_spacing, resize_labels, spline_along
 from medseg.preparation.steps import Cropped, Oriented, Resampled, Shape, Step, flips_to, resampled_size, resize_linear
-from medseg.volume import Flips, Volume
+from medseg.volume import Affine, Flips, Volume
 
 SLAB = 1 << 24
 """Bytes in single precision of the part of a channel that is worked on at once."""
@@ -69,30 +69,62 @@ def prepare(image: Volume, plan: Plan, previous: Volume | None = None) -> Prepar
     rows = tuple(plan.normalisation.values())
     shape = _triple(source.shape[1:])
     have = _spacing(np.linalg.norm(affine[:3, :3], axis=0))
+    size = target_size(image.shape, image.affine, plan, shape)
+    steps = (*steps, Resampled(shape, size.nearest))
     if plan.nnunet is None:
-        size = resampled_size(shape, have, plan.spacing)
-        steps = (*steps, Resampled(shape))
-        image_out = _trilinear(source, size)
-        labels = None if before is None else resize_linear(torch.from_numpy(before.copy()), size, labels=True)[0]
+        image_out = _trilinear(source, size.after)
+        labels = None if before is None else resize_linear(torch.from_numpy(before.copy()), size.after, labels=True)[0]
         content = _content(image_out.numpy(), None if labels is None else labels[None].numpy(), rows)
         for channel, row in zip(image_out, rows, strict=True):
             _normalise(channel, row, _statistics(channel.numpy(), row, content), content)
-        return Prepared(image_out, labels, _scaled(have, shape, size), steps)
-    told = header_spacing(affine)
-    target = (*plan.spacing[:2], None if plan.dimensions == 2 else plan.spacing[2])
-    want = [h if t is None else t for h, t in zip(told, target, strict=True)]
-    size = _triple([max(1, round(h / w * n)) for h, w, n in zip(told, want, shape, strict=True)])
-    back = coarse_axis(plan.nnunet.logits, want, told) if plan.nnunet.logits.order_z == 0 else None
-    steps = (*steps, Resampled(shape, back))
+        return Prepared(image_out, labels, _scaled(have, shape, size.after), steps)
     content = _content(source, before, rows)
-    normalised = [_Normalised(channel, row, content) for channel, row in zip(source, rows, strict=True)]
-    coarse = coarse_axis(plan.nnunet.image, told, want)
-    image_out = torch.stack([_splines(channel, size, plan.nnunet.image, coarse) for channel in normalised])
+    coarse = coarse_axis(plan.nnunet.image, size.have, size.want)
+    channels = []
+    for channel, row in zip(source, rows, strict=True):
+        channels.append(_splines(_Normalised(channel, row, content), size.after, plan.nnunet.image, coarse))
+    image_out = torch.stack(channels) if len(channels) > 1 else channels[0][None]
     labels = None
     if before is not None and plan.nnunet.previous is not None:
         rule = plan.nnunet.previous
-        labels = torch.from_numpy(resize_labels(before[0], size, rule, coarse_axis(rule, told, want)).copy())
-    return Prepared(image_out, labels, _scaled(have, shape, size), steps)
+        resized = resize_labels(before[0], size.after, rule, coarse_axis(rule, size.have, size.want))
+        labels = torch.from_numpy(resized.copy())
+    return Prepared(image_out, labels, _scaled(have, shape, size.after), steps)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How an image is resampled.
+
+    Attributes
+    ----------
+    before, after : size before (oriented and cropped) and after.
+    have, want : spacing before and after.
+    nearest : the axis along which logits take the nearest slice on the way back.
+    """
+
+    before: Shape
+    after: Shape
+    have: list[float]
+    want: list[float]
+    nearest: int | None
+
+
+def target_size(whole: Shape, affine: Affine, plan: Plan, cropped: Shape | None = None) -> Target:
+    """Return how a plan resamples an image of size `whole`; `cropped` is what is left of it once it is oriented."""
+    flips = flips_to(affine, plan.orientation)
+    turned_affine = affine @ orientations.inv_ornt_aff(flips, whole)
+    order = np.argsort(flips[:, 0])
+    before = cropped or _triple([whole[axis] for axis in order])
+    if plan.nnunet is None:
+        have = _spacing(np.linalg.norm(turned_affine[:3, :3], axis=0))
+        return Target(before, resampled_size(before, have, plan.spacing), list(have), list(plan.spacing), None)
+    told = header_spacing(turned_affine)
+    target = (*plan.spacing[:2], None if plan.dimensions == 2 else plan.spacing[2])
+    want = [h if t is None else t for h, t in zip(told, target, strict=True)]
+    after = _triple([max(1, round(h / w * n)) for h, w, n in zip(told, want, before, strict=True)])
+    back = coarse_axis(plan.nnunet.logits, want, told) if plan.nnunet.logits.order_z == 0 else None
+    return Target(before, after, told, want, back)
 
 
 def turned(array: Array, flips: Flips) -> Array:
@@ -243,7 +275,8 @@ def _splines(source: _Normalised, size: Shape, rule: Interpolation, coarse: int 
         between.narrow(axis, part[axis].start, x.shape[axis]).copy_(x)
     if axis != coarse:
         between = spline_along(between, axis, size[axis], rule.order)
-    between = torch.maximum(torch.minimum(between, high), low)
+    torch.minimum(between, high, out=between)
+    torch.maximum(between, low, out=between)
     return between if coarse is None else spline_along(between, coarse, size[coarse], rule.order_z).contiguous()
 
 

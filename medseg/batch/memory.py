@@ -1,0 +1,61 @@
+"""What the largest image of a run will take, told before the run begins, from headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medseg.batch.study_input import StudyInput
+from medseg.errors import BatchError
+from medseg.readers.nifti import is_nifti
+
+if TYPE_CHECKING:
+    from medseg.bundle import BundleInfo
+    from medseg.volume import Affine
+
+Shape = tuple[int, int, int]
+
+
+def memory_text(studies: Sequence[StudyInput], info: BundleInfo, limit: int) -> str:
+    """Return what the prediction of the largest image is expected to take within `limit` bytes, for a person."""
+    from medseg.inference.memory import Case, forecast
+
+    grids = [grid for grid in map(_grid, studies) if grid is not None]
+    if not grids or info.members:
+        return "memory: not known before the images are read"
+    shape, affine, itemsize = max(grids, key=lambda grid: math.prod(grid[0]))
+    case = Case(shape, affine, itemsize, info.plan, info.spec)
+    try:
+        need = forecast(case, networks=len(info.weights), limit=limit)
+    except BatchError as error:
+        return f"memory: {error}"
+    size = "×".join(map(str, shape))
+    return f"memory: the largest image ({size}) needs about {need.text}"
+
+
+def _grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:
+    """Return size, affine and bytes a voxel of a study by its headers; None where these do not say it."""
+    if study.series is not None and study.series.headers:
+        header, count = study.series.headers[0], len(study.series.headers)
+        rows, columns = header.spacing or (1.0, 1.0)
+        return (header.columns, header.rows, count), np.diag([columns, rows, 1.0, 1.0]), 4
+    if study.refusal is None and study.images and is_nifti(study.images[0]) and study.images[0].is_file():
+        return _nifti_grid(study)
+    return None
+
+
+def _nifti_grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        image = nibabel.load(study.images[0])
+        i, j, k = (*image.shape[:3], 1, 1)[:3]
+        affine = np.asarray(image.affine, np.float64)
+    except (OSError, ValueError, ImageFileError):
+        return None  # the run will say what is wrong with it
+    floats = image.header.get_data_dtype().kind == "f" or image.header.get_slope_inter()[0] not in (None, 1.0)
+    return (int(i), int(j), int(k)), affine, 4 if floats else image.header.get_data_dtype().itemsize

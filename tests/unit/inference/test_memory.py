@@ -1,0 +1,182 @@
+"""What a prediction takes is known before: tiles give the same mask, and the formula holds in a real process."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from medseg.batch.memory import memory_text
+from medseg.errors import BatchError
+from medseg.inference import predict as module
+from medseg.inference.memory import Case, _Live, forecast, tiles_of
+from medseg.inference.predict import Model, predict_volume
+from medseg.preparation.interpolate import linear_line
+from medseg.volume import Volume
+
+Make = Callable[..., Any]
+RULES = {"order": 1, "order_z": 0, "separate": None}
+
+
+@pytest.fixture
+def case(make_spec: Make, make_plan: Make) -> Callable[..., Case]:
+    def make(shape: tuple[int, int, int] = (64, 64, 64), classes: int = 20, **changes: Any) -> Case:
+        spec = make_spec(labels={f"l{n}": n for n in range(1, classes)})
+        options = {"patch_size": (16, 16, 16), "nnunet": {"image": RULES, "logits": RULES}, **changes}
+        return Case(shape, np.eye(4), 2, make_plan(spec, **options), spec)
+
+    return make
+
+
+def test_only_arrays_grow_with_the_length_of_an_image(case: Callable[..., Case]) -> None:
+    options = {"classes": 118, "spacing": (3.0, 3.0, 3.0), "patch_size": (32, 64, 64)}
+    needs = [forecast(case((length, 256, 256), **options)) for length in (256, 512, 2048)]
+    rest = [need.total - need.image - need.mask - need.prepared for need in needs]
+    assert len({need.slab + need.planes + need.window for need in needs}) == 1
+    assert max(rest) <= 1.1 * min(rest)
+
+
+def test_less_memory_means_more_tiles(case: Callable[..., Case]) -> None:
+    wide = case((64, 256, 256), classes=100)
+    whole = forecast(wide)
+    cut = forecast(wide, limit=whole.total - whole.slab // 2)
+    assert whole.tiles == (1, 1)
+    assert math.prod(cut.tiles) > 1
+    assert cut.total < whole.total
+    assert f"in {cut.tiles[0]} × {cut.tiles[1]} tiles" in cut.text
+    with pytest.raises(BatchError, match=r"takes at least .* --max-memory allows 1.0 MiB: allow more") as caught:
+        forecast(wide, limit=1 << 20)
+    assert caught.value.code == "MAX_MEMORY"
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_tiles_give_the_very_mask(
+    make_spec: Make, make_plan: Make, monkeypatch: pytest.MonkeyPatch, dimensions: int
+) -> None:
+    spec = make_spec(labels={f"l{n}": n for n in range(1, 6)})
+    plan = make_plan(
+        spec,
+        dimensions=dimensions,
+        patch_size=(8, 8, 8 if dimensions == 3 else 1),
+        spacing=(1.7, 1.4, 0.8),
+        overlap=0.5,
+    )
+    network = (nn.Conv3d if dimensions == 3 else nn.Conv2d)(1, 6, 3, padding=1)
+    info = SimpleNamespace(plan=plan, spec=spec, postprocess=(), temperature=1.0)
+    model = Model(SimpleNamespace(info=info), [network], torch.device("cpu"))
+    image = Volume(np.random.default_rng(0).normal(size=(1, 40, 37, 21)).astype(np.float32), np.eye(4))
+    whole = predict_volume(model, image).array
+    monkeypatch.setattr(module, "resident", lambda: 0)
+    need = forecast(module.case_of(model, image), held=0)
+    tiles = []
+    plain = tiles_of
+    monkeypatch.setattr(module, "tiles_of", lambda lines, count: tiles.append(count) or plain(lines, count))
+    limits = [need.total, need.total - need.slab // 3, need.total - need.slab // 2]
+    for limit in limits:
+        assert np.array_equal(predict_volume(model, image, max_memory=limit).array, whole)
+    assert tiles[0] == (1, 1)
+    assert math.prod(tiles[2]) >= math.prod(tiles[1]) > 1
+
+
+@pytest.mark.parametrize("sizes", [(5, 17), (17, 5), (9, 9), (1, 4), (4, 1)])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_tiles_make_every_voxel_once(sizes: tuple[int, int], count: int) -> None:
+    line = linear_line(*sizes)
+    seen = np.zeros((sizes[1], sizes[1]), int)
+    for (a, b), lines, place in tiles_of((line, line, line), (count, count)):
+        seen[place] += 1
+        assert lines[1].before == a[1] - a[0] <= sizes[0]
+        assert lines[2].before == b[1] - b[0] <= sizes[0]
+        assert seen[place].shape == (lines[1].after, lines[2].after)
+    assert (seen == 1).all()
+
+
+def test_layers_are_counted_while_they_live() -> None:
+    live = _Live()
+    with torch.no_grad(), live:
+        x = torch.empty(1000, device="meta")
+        y = x + 1
+        del x
+        z = y.view(10, 100) * 2
+        del y
+    assert live.peak == 8000
+    assert z.shape == (10, 100)
+
+
+def test_a_run_is_told_before_it_begins(tmp_path: Any, case: Callable[..., Case], tiny: Any) -> None:
+    found = case()
+    file = tmp_path / "a.nii.gz"
+    tiny.save(file, np.zeros((30, 20, 10), np.int16))
+    study = SimpleNamespace(series=None, refusal=None, images=(file,))
+    info = SimpleNamespace(plan=found.plan, spec=found.spec, weights={"a": ""}, members=())
+    text = memory_text([study], info, 1 << 40)
+    assert "the largest image (30×20×10) needs about" in text
+    assert "allows 1.0 KiB" in memory_text([study], info, 1024)
+    assert "not known" in memory_text(
+        [SimpleNamespace(series=None, refusal=None, images=(tmp_path / "b.mha",))], info, 9
+    )
+
+
+PROGRAM = """
+import json, resource, sys
+import numpy as np, torch
+from types import SimpleNamespace
+from torch import nn
+from medseg.inference.memory import forecast
+from medseg.inference.predict import Model, case_of, predict_volume, resident
+from medseg.planning.plan import Plan
+from medseg.spec import Spec
+from medseg.volume import Volume
+
+depth, plan, spec = int(sys.argv[1]), Plan.model_validate_json(sys.argv[2]), Spec.model_validate_json(sys.argv[3])
+class Head(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.weights = torch.randn(1, classes, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    def forward(self, x):
+        return x * self.weights
+torch.set_num_threads(1)
+info = SimpleNamespace(plan=plan, spec=spec, postprocess=(), temperature=1.0)
+model = Model(SimpleNamespace(info=info), [Head(len(spec.foreground) + 1)], torch.device("cpu"))
+warm = Volume(np.random.default_rng(0).integers(-9, 9, (1, 16, 16, 16)).astype(np.int16), np.eye(4))
+predict_volume(model, warm)
+random = np.random.default_rng(0)
+image = np.empty((1, depth, 256, 256), np.int16)
+for plane in image[0]:
+    plane[:] = random.integers(-99, 99, (256, 256))
+image = Volume(image, np.eye(4))
+limit = int(sys.argv[4]) or None
+before = resident()
+need = forecast(case_of(model, image), held=before - image.array.nbytes, limit=limit)
+predict_volume(model, image, max_memory=limit)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"peak": peak, "need": need.total, "before": before, "tiles": need.tiles,
+                  "arrays": need.image + need.prepared + need.mask}))
+"""
+
+
+def measured(found: Case, depth: int, limit: int = 0) -> dict[str, Any]:
+    command = [sys.executable, "-c", PROGRAM, str(depth), found.plan.model_dump_json(), found.spec.model_dump_json()]
+    done = subprocess.run([*command, str(limit)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_the_formula_holds_in_a_real_process(case: Callable[..., Case]) -> None:
+    """Random logits of 40 classes: every cell is mixed."""
+    found = case(classes=40, spacing=(3.0, 3.0, 3.0), patch_size=(24, 48, 48))
+    runs = [measured(found, depth) for depth in (96, 288)]
+    rest = [run["peak"] - run["arrays"] for run in runs]
+    assert max(rest) < 1.1 * min(rest), "only image, prepared image and mask grow"
+    for run in runs:
+        assert run["peak"] <= run["need"] * 1.02
+        assert run["need"] - run["before"] < 3 * (run["peak"] - run["before"]), "it is no empty promise"
