@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from medseg.batch.isolation import ALLOCATOR
 from medseg.batch.memory import memory_text
 from medseg.errors import BatchError
 from medseg.inference import predict as module
@@ -150,9 +152,9 @@ model = Model(SimpleNamespace(info=info), [Head(len(spec.foreground) + 1)], torc
 warm = Volume(np.random.default_rng(0).integers(-9, 9, (1, 16, 16, 16)).astype(np.int16), np.eye(4))
 predict_volume(model, warm)
 random = np.random.default_rng(0)
-image = np.empty((1, depth, 256, 256), np.int16)
+image = np.empty((1, depth, 192, 192), np.int16)
 for plane in image[0]:
-    plane[:] = random.integers(-99, 99, (256, 256))
+    plane[:] = random.integers(-99, 99, (192, 192))
 image = Volume(image, np.eye(4))
 limit = int(sys.argv[4]) or None
 before = resident()
@@ -166,15 +168,16 @@ print(json.dumps({"peak": peak, "need": need.total, "before": before, "tiles": n
 
 def measured(found: Case, depth: int, limit: int = 0) -> dict[str, Any]:
     command = [sys.executable, "-c", PROGRAM, str(depth), found.plan.model_dump_json(), found.spec.model_dump_json()]
-    done = subprocess.run([*command, str(limit)], capture_output=True, text=True, check=False)
+    environment = {**os.environ, **ALLOCATOR}
+    done = subprocess.run([*command, str(limit)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
 def test_the_formula_holds_in_a_real_process(case: Callable[..., Case]) -> None:
     """Random logits of 40 classes: every cell is mixed."""
-    found = case(classes=40, spacing=(3.0, 3.0, 3.0), patch_size=(24, 48, 48))
-    runs = [measured(found, depth) for depth in (96, 288)]
+    found = case(classes=40, spacing=(3.0, 3.0, 3.0), patch_size=(16, 48, 48))
+    runs = [measured(found, depth) for depth in (72, 216)]
     rest = [run["peak"] - run["arrays"] for run in runs]
     assert max(rest) < 1.1 * min(rest), "only image, prepared image and mask grow"
     for run in runs:
