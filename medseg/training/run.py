@@ -249,7 +249,7 @@ class _Work:
         if file.exists():
             return Fingerprint.model_validate(read_json(file))
         self.display.stage("reading")
-        fingerprint, facts = survey(self.dataset.spec, self.cases, progress=self.display.counted)
+        fingerprint, facts = survey(self.dataset.spec, self.cases, progress=self._counted)
         write_json(self.out / FACTS, {name: row.model_dump(mode="json") for name, row in facts.items()})
         write_json(file, fingerprint.model_dump(mode="json"))
         return fingerprint
@@ -310,7 +310,7 @@ class _Work:
         cache = CaseCache(self.out / "4_cache", self.dataset.spec, plan)
         path = training_path(self.dataset.spec, plan, cache)
         self.display.stage("preparing")
-        prepare_cases(up_to_cache(path), cache, self.cases, progress=self.display.counted)
+        prepare_cases(up_to_cache(path), cache, self.cases, progress=self._counted)
         origin = kept_start(self.out)
         return [self._job(plan, fold, path, cache, origin) for fold in folds]
 
@@ -334,7 +334,7 @@ class _Work:
 
     def fit_all(self, jobs: list[Job], tracker: Tracker) -> list[LoopState]:
         """Train one network after the other, sharing what is left of the budget."""
-        self._refuse_spent_budget(jobs)
+        self._refuse_spent_budget()
         scoring = time_of_validation(jobs[0]) if self.request.budget else 0.0
         states: list[LoopState] = []
         earlier = 0.0
@@ -352,14 +352,20 @@ class _Work:
             write_json(done, {"steps": states[-1].step})
         return states
 
-    def _refuse_spent_budget(self, jobs: list[Job]) -> None:
+    def _counted(self, done: int, total: int) -> None:
+        """Show how far a stage before the training is; end it when the budget is over."""
+        self.display.counted(done, total)
+        self._refuse_spent_budget()
+
+    def _refuse_spent_budget(self) -> None:
         """Raise if nothing was learnt yet and the time is over: one step would not make a model."""
         spent = time.monotonic() - self.began
-        if self.request.budget and spent >= self.request.budget and not any(job.checkpoint.exists() for job in jobs):
+        begun = any((self.out / "5_folds").glob("*/checkpoint/*.safetensors"))
+        if self.request.budget and spent >= self.request.budget and not begun:
             raise TrainingError(
                 f"the budget of {clock(self.request.budget)} was over before the first step: reading, measuring and "
-                f"preparing took {clock(spent)} on this machine; give --budget {duration(2 * spent + FINISH_SECONDS)} "
-                "or more, and another --out",
+                f"preparing took {clock(spent)} on this machine so far; give --budget "
+                f"{duration(2 * spent + FINISH_SECONDS)} or more, and another --out",
                 code="BUDGET_TOO_SMALL",
             )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -17,6 +19,7 @@ from medseg.errors import PlanError, SpecError, TrainingError
 from medseg.planning.limits import refuse_large_patch
 from medseg.planning.plan import Measured
 from medseg.training import make_plan as make_plan_module
+from medseg.training import run as run_module
 
 Builder = Callable[..., Path]
 Make = Callable[..., Any]
@@ -93,6 +96,26 @@ def test_budgets_that_teach_nothing_are_refused_early(tmp_path: Path, tiny_datas
         with pytest.raises(PlanError, match=words):
             command(data, budget="11s", settings=QUICK)
     assert not (tmp_path / "run" / "3_plan.yaml").exists()
+
+
+@pytest.mark.parametrize("stage", ["2_fingerprint.json", "4_cache"])
+def test_reading_and_preparing_end_with_the_budget(
+    tmp_path: Path, tiny_dataset: Builder, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the last case: a hundred large ones would take hours more."""
+    data = tiny_dataset(tmp_path / "data", cases=4, test=0)
+
+    def now() -> float:
+        return 100.0 if stage == "2_fingerprint.json" or (tmp_path / "run" / "3_plan.yaml").exists() else 0.0
+
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=now, time=time.time))
+    with pytest.raises(TrainingError, match="the budget of 1:00 was over before the first step") as caught:
+        api.train(data, out=tmp_path / "run", budget="1m", settings=QUICK, began=0.0)
+    assert caught.value.code == "BUDGET_TOO_SMALL"
+    if stage == "4_cache":
+        assert len(list((tmp_path / "run" / "4_cache").iterdir())) == 1, "the first case was the last"
+    else:
+        assert not (tmp_path / "run" / "2_fingerprint.json").exists()
 
 
 def test_a_patch_far_larger_than_the_images_is_refused(tmp_path: Path, tiny_dataset: Builder) -> None:
