@@ -55,6 +55,35 @@ def import_model(
     say(f"{len(info.weights)} fold(s), trained by {info.training['trainer']} ({info.training['configuration']})")
 
 
+@models.command("export")
+def export_model(
+    model: Annotated[Path, typer.Argument(help="Run folder, bundle, or model of nnU-Net v2.")],
+    to: Annotated[str, typer.Option(help="torch (a program of torch.export), onnx or monai (a bundle).")],
+    out: Annotated[Path, typer.Option(help="File .pt2 or .onnx, or a folder; it must not exist yet.")],
+    check: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image on which both are compared; its files in the order of the channels."),
+    ] = None,
+) -> None:
+    """Write a model as something that runs without medseg (docs/how-to/exchange-models.md).
+
+    Example: medseg models export run --to onnx --out model.onnx --check image.nii.gz
+    """
+    from medseg.exchange.export import export_model as export
+
+    found = export(model, to=to, out=out, check=tuple(check or ()))
+    window = found.window
+    sizes = f"any multiple of {window.divisor}" if window.dynamic and to != "monai" else f"{window.size}"
+    folds = "each in a bundle of its own" if to == "monai" else "the mean of their logits"
+    say(f"{out}: {found.networks} network(s){f', {folds}' if found.networks > 1 else ''}; windows: {sizes}")
+    agreement = found.agreement
+    on = "a patch of the image" if found.real else "noise (give --check IMAGE)"
+    apart = f"logits differ by up to {agreement.difference:.2g} (allowed {agreement.allowed:.2g})"
+    say(f"compared on {on}: {apart}; {agreement.same:.4%} of voxels have the same label")
+    for row in found.differences:
+        say(f"note: {row}")
+
+
 @models.command("select")
 def select_models(
     dataset: Dataset,

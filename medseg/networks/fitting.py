@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,7 +13,10 @@ def pad_to_multiple(image: Tensor, divisor: Sequence[int]) -> Tensor:
     """Pad (B, C, *S) with zeros (the mean after normalisation) to a multiple of the total stride along each axis.
 
     A single voxel at the coarsest stage has no deviation to be normalised by, so there are at least two of them.
+    A program that is exported (medseg.exchange) takes multiples only, and nothing in it pads.
     """
+    if torch.compiler.is_exporting():
+        return image
     sizes = [-(-n // d) * d for n, d in zip(image.shape[2:], divisor, strict=True)]
     if sizes == list(divisor):
         sizes[-1] *= 2
@@ -28,7 +32,9 @@ def pad_to(image: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def crop_to(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Keep the first `size` voxels along each spatial axis."""
+    """Keep the first `size` voxels along each spatial axis (exported: all, see `pad_to_multiple`)."""
+    if torch.compiler.is_exporting():
+        return logits
     for axis, length in enumerate(size, start=2):
         logits = logits.narrow(axis, 0, length)
     return logits

@@ -24,11 +24,12 @@ class Adapted(nn.Module):
     network : maps (B, C, *P) to logits where P is a multiple of `divisor`.
     divisor : along each axis.
     levels : runs `network` and returns its logits, finest first.
+    made : the arguments that make `network` of its class, plain values.
     """
 
-    def __init__(self, network: nn.Module, divisor: Sequence[int], levels: Levels) -> None:
+    def __init__(self, network: nn.Module, divisor: Sequence[int], levels: Levels, made: dict[str, Any]) -> None:
         super().__init__()
-        self.network, self.divisor, self._levels = network, tuple(divisor), levels
+        self.network, self.divisor, self._levels, self.made = network, tuple(divisor), levels, made
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B, C, *S) to logits (B, K, *S)."""
@@ -39,10 +40,10 @@ class Adapted(nn.Module):
         return self._levels(self.network, pad_to_multiple(image, self.divisor))
 
 
-def _nets() -> Any:
+def _adapted(name: str, divisor: Sequence[int], levels: Levels, **arguments: Any) -> Adapted:
     from monai.networks import nets  # takes seconds, which a plan with our own network need not wait for
 
-    return nets
+    return Adapted(getattr(nets, name)(**arguments), divisor, levels, arguments)
 
 
 def _one(network: nn.Module, image: Tensor) -> list[Tensor]:
@@ -68,10 +69,19 @@ def dynunet(
     """MONAI's DynUNet, its form of nnU-Net (Isensee et al. 2021), with deep supervision."""
     if len(features) < 3:
         raise ValueError(f"MONAI's DynUNet needs three stages or more, not {len(features)}")
-    network = _nets().DynUNet(
-        spatial_dims,
-        in_channels,
-        out_channels,
+
+    def levels(module: Any, image: Tensor) -> list[Tensor]:
+        found = module(image)
+        # In training it stacks the levels enlarged to full size; their own sizes lie in `heads`.
+        return [found[:, 0] if module.training else found, *module.heads]
+
+    return _adapted(
+        "DynUNet",
+        _strides(strides),
+        levels,
+        spatial_dims=spatial_dims,
+        in_channels=in_channels,
+        out_channels=out_channels,
         kernel_size=kernels,
         strides=[(1,) * spatial_dims, *strides],
         upsample_kernel_size=strides,
@@ -80,13 +90,6 @@ def dynunet(
         deep_supr_num=max(1, len(features) - 2),
         res_block=residual,
     )
-
-    def levels(module: Any, image: Tensor) -> list[Tensor]:
-        found = module(image)
-        # In training it stacks the levels enlarged to full size; their own sizes lie in `heads`.
-        return [found[:, 0] if module.training else found, *module.heads]
-
-    return Adapted(network, _strides(strides), levels)
 
 
 def attention_unet(
@@ -99,32 +102,35 @@ def attention_unet(
 ) -> nn.Module:
     """U-Net with gates on its skips (Oktay et al. 2018, arXiv 1804.03999)."""
     rows = [(2,) * spatial_dims] * (len(features) - 1) if strides is None else [tuple(row) for row in strides]
-    network = _nets().AttentionUnet(spatial_dims, in_channels, out_channels, channels=features, strides=rows)
-    return Adapted(network, _strides(rows), _one)
+    sizes = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+    return _adapted("AttentionUnet", _strides(rows), _one, **sizes, channels=features, strides=rows)
 
 
 def unet_plus_plus(*, spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> nn.Module:
     """UNet++ (Zhou et al. 2018, arXiv 1807.10165), five stages; its four outputs are all at full resolution."""
     features = (width, width, 2 * width, 4 * width, 8 * width, width)
-    network = _nets().BasicUNetPlusPlus(
-        spatial_dims, in_channels, out_channels, features=features, deep_supervision=True
-    )
+    sizes = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
 
     def levels(module: nn.Module, image: Tensor) -> list[Tensor]:
         return list(module(image))[::-1]  # the deepest, which is the one that predicts, stands last
 
-    return Adapted(network, (16,) * spatial_dims, levels)
+    divisor = (16,) * spatial_dims
+    return _adapted("BasicUNetPlusPlus", divisor, levels, **sizes, features=features, deep_supervision=True)
 
 
 def vnet(*, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Module:
     """V-Net (Milletari et al. 2016, arXiv 1606.04797), without dropout; takes 1, 2, 4, 8 or 16 channels."""
-    network = _nets().VNet(spatial_dims, in_channels, out_channels, dropout_prob_down=0.0, dropout_prob_up=(0.0, 0.0))
-    return Adapted(network, (16,) * spatial_dims, _one)
+    sizes = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+    dropout = {"dropout_prob_down": 0.0, "dropout_prob_up": (0.0, 0.0)}
+    return _adapted("VNet", (16,) * spatial_dims, _one, **sizes, **dropout)
 
 
 def segresnet(*, spatial_dims: int, in_channels: int, out_channels: int, width: int = 16) -> nn.Module:
     """SegResNet (Myronenko 2018, arXiv 1810.11654) as in Auto3DSeg: no autoencoder branch, deep supervision."""
-    network = _nets().SegResNetDS(
+    return _adapted(
+        "SegResNetDS",
+        (8,) * spatial_dims,
+        _one,
         spatial_dims=spatial_dims,
         init_filters=width,
         in_channels=in_channels,
@@ -132,14 +138,16 @@ def segresnet(*, spatial_dims: int, in_channels: int, out_channels: int, width: 
         norm=("instance", {"affine": True}),
         dsdepth=3,
     )
-    return Adapted(network, (8,) * spatial_dims, _one)
 
 
 def mednext(
     *, spatial_dims: int, in_channels: int, out_channels: int, width: int = 16, kernel_size: int = 3
 ) -> nn.Module:
     """MedNeXt (Roy et al. 2023, arXiv 2303.09975), the small form, with deep supervision."""
-    network = _nets().MedNeXt(
+    return _adapted(
+        "MedNeXt",
+        (16,) * spatial_dims,
+        _one,
         spatial_dims=spatial_dims,
         init_filters=width,
         in_channels=in_channels,
@@ -148,10 +156,9 @@ def mednext(
         deep_supervision=True,
         use_residual_connection=True,
     )
-    return Adapted(network, (16,) * spatial_dims, _one)
 
 
 def swin_unetr(*, spatial_dims: int, in_channels: int, out_channels: int, width: int = 12) -> nn.Module:
     """SwinUNETR (Hatamizadeh et al. 2022, arXiv 2201.01266); `width` is a multiple of 12."""
-    network = _nets().SwinUNETR(in_channels, out_channels, feature_size=width, spatial_dims=spatial_dims)
-    return Adapted(network, (32,) * spatial_dims, _one)
+    sizes = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+    return _adapted("SwinUNETR", (32,) * spatial_dims, _one, **sizes, feature_size=width)
