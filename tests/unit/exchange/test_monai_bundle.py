@@ -71,8 +71,9 @@ def same_share(ours: Any, theirs: Any) -> float:
     return float((ours == theirs)[foreground].mean())
 
 
-def test_bundle_has_the_masks_of_its_model_where_spacings_agree(model: Any, tmp_path: Path) -> None:
-    source = model()
+@pytest.mark.parametrize("spacing", [(1.5, 1.5, 2.0), (0.75, 0.75, 2.0)], ids=["same", "whole multiples"])
+def test_bundle_has_the_masks_of_its_model_where_spacings_divide(model: Any, tmp_path: Path, spacing: Any) -> None:
+    source = model(spacing=spacing)
     found = export_model(source, to="monai", out=tmp_path / "bundle")
     assert found.agreement.same > 0.999
     config = (tmp_path / "bundle" / "configs" / "inference.json").read_text()
