@@ -73,9 +73,9 @@ def export_model(
 
     found = export(model, to=to, out=out, check=tuple(check or ()))
     window = found.window
-    sizes = f"any multiple of {window.divisor}" if window.dynamic and to != "monai" else f"{window.size}"
+    free = f", or other multiples of {window.steps}" if window.dynamic and to != "monai" else ""
     folds = "each in a bundle of its own" if to == "monai" else "the mean of their logits"
-    say(f"{out}: {found.networks} network(s){f', {folds}' if found.networks > 1 else ''}; windows: {sizes}")
+    say(f"{out}: {found.networks} network(s){f', {folds}' if found.networks > 1 else ''}; windows: {window.size}{free}")
     agreement = found.agreement
     on = "a patch of the image" if found.real else "noise (give --check IMAGE)"
     apart = f"logits differ by up to {agreement.difference:.2g} (allowed {agreement.allowed:.2g})"

@@ -134,8 +134,7 @@ def describe(bundle: Bundle, window: Window) -> dict[str, Any]:
         "mirror_axes": list(plan.augmentation.mirror_axes) if plan.test_mirroring else [],
         "nnunet": None if plan.nnunet is None else plan.nnunet.model_dump(mode="json"),
         "window": list(window.size),
-        "multiple_of": list(window.divisor) if window.dynamic else list(window.size),
-        "any_multiple": window.dynamic,
+        "multiple_of": list(window.steps),
     }
 
 

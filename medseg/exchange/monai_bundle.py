@@ -59,7 +59,7 @@ def as_monai(network: nn.Module, plan: Plan) -> tuple[Json, nn.Module]:
 def _dynunet_arguments(network: UNet, plan: Plan) -> Json:
     options, dims = plan.network.options, plan.dimensions
     features, kernels = list(options["features"]), [list(row) for row in options["kernels"]]
-    plain = network.state_dict().keys() <= _named(len(features)).keys()
+    plain = network.state_dict().keys() == _named(len(features)).keys()
     # DynUNet's decoder has the kernel of the stage below, ours that of its own.
     if plan.network.name != "unet" or len(features) < 3 or not plain or any(row != kernels[0] for row in kernels):
         raise unsupported(
@@ -316,6 +316,8 @@ def told(bundle: Bundle) -> tuple[str, ...]:
     rows = [
         "MONAI resamples to the very spacing of the plan, medseg to whole voxels over the same extent: where the one "
         "does not divide the other, voxels at borders may differ.",
+        "MONAI 1.6 shifts its samples by part of a voxel along an axis where the outer face of the image lies within a "
+        "voxel of the origin of space.",
         "An axis up to 1.5 patches long is one window in medseg, and two here.",
         "An image that is 0 everywhere is not read.",
     ]

@@ -77,12 +77,19 @@ class Window:
     ----------
     size : of a window, (I, J, K) or (I, J), a multiple of `divisor`.
     divisor : total stride along each axis.
-    dynamic : whether other multiples are taken, too; else windows have this very size.
+    dynamic : whether other multiples, of two or more, are taken along the axes on which `size` is one; else windows
+        have this very size.
     """
 
     size: tuple[int, ...]
     divisor: tuple[int, ...]
     dynamic: bool
+
+    @property
+    def steps(self) -> tuple[int | None, ...]:
+        """Along each axis what divides the sizes that are taken; None: no other than `size`."""
+        free = (self.dynamic and n > d for n, d in zip(self.size, self.divisor, strict=True))
+        return tuple(d if any_size else None for d, any_size in zip(self.divisor, free, strict=True))
 
 
 def window_of(networks: Sequence[nn.Module], patch: Sequence[int]) -> Window:
@@ -130,10 +137,10 @@ def export_network(
 
 def _captured(network: nn.Module, window: Window, patch: Tensor) -> torch.export.ExportedProgram:
     axes: dict[int, Any] = {0: torch.export.Dim("batch", max=LARGEST)}
-    if window.dynamic:
-        for axis, divisor in enumerate(window.divisor):
-            count = torch.export.Dim(f"count_{axis}", min=1, max=LARGEST)
-            axes[axis + 2] = divisor * count
+    for axis, step in enumerate(window.steps):
+        if step is not None:
+            count = torch.export.Dim(f"count_{axis}", min=2, max=LARGEST)
+            axes[axis + 2] = step * count
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch's own functions, for those who write them

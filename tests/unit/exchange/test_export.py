@@ -46,7 +46,7 @@ def test_program_is_the_mean_of_the_folds_at_any_multiple_of_the_stride(tmp_path
     facts = json.loads(extra[SAID])
     assert (facts["outputs"], facts["labels"]) == (["background", "two", "three"], {"two": 9, "three": 4})
     assert (facts["window"], facts["multiple_of"]) == ([8, 10, 8], [2, 2, 2])
-    for shape in [(1, 1, 8, 10, 8), (3, 1, 4, 14, 6), (1, 1, 2, 4, 10)]:
+    for shape in [(1, 1, 8, 10, 8), (3, 1, 4, 14, 6), (1, 1, 4, 4, 10)]:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
         assert torch.allclose(loaded(x), mean_logits(bundle, x), atol=1e-5)
     with pytest.raises(ConfigError, match=r"m\.pt2 exists already"):
@@ -91,6 +91,11 @@ def test_wrong_names_are_told(tmp_path: Path, bundle: Any, monkeypatch: pytest.M
     monkeypatch.setattr(program, "NEEDED", ("onnx_of_another_world",))
     with pytest.raises(ConfigError, match=r"needs onnx_of_another_world: pip install 'medseg\[onnx\]'"):
         export_model(bundle.folder, to="onnx", out=tmp_path / "m.onnx")
+
+
+def test_axis_of_one_stride_keeps_its_size() -> None:
+    assert program.Window((4, 8), (4, 4), dynamic=True).steps == (None, 4)
+    assert program.Window((4, 8), (4, 4), dynamic=False).steps == (None, None)
 
 
 def test_sizes_that_a_network_takes() -> None:
