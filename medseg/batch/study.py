@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.placing import IMAGE_SUFFIX, Placed, place
@@ -173,9 +175,17 @@ def refuse_constant(image: Volume, spec: Spec) -> None:
 def volumes(spec: Spec, mask: Volume) -> dict[str, float]:
     """Return label -> volume in mL (pixels for pictures)."""
     unit = mask.voxel_volume / 1000 if mask.unit == "mm" else mask.voxel_volume
-    return {
-        name: round(float(np.count_nonzero(mask.array == value)) * unit, 4) for name, value in spec.foreground.items()
-    }
+    counts: Counter[int] = Counter()
+    for part in mask.array[0]:  # the labels of a slice are few, those of the spec may be many
+        values, found = np.unique(part, return_counts=True) if part.dtype != np.uint8 else _bytes(part)
+        counts.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+    return {name: round(counts[value] * unit, 4) for name, value in spec.foreground.items()}
+
+
+def _bytes(part: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return what np.unique does, without sorting."""
+    found = np.bincount(part.ravel(), minlength=256)
+    return np.flatnonzero(found), found[found > 0]
 
 
 def without_paths(text: str, study: StudyInput) -> str:

@@ -111,7 +111,7 @@ def _read_header(path: Path, stream: BinaryIO) -> Nifti1Header:
     return header
 
 
-def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: int) -> bytes:
+def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: int) -> bytearray:
     """Return exactly the voxel bytes that the header promises, having read the stream to its end."""
     dtype = header.get_data_dtype()
     promised = int(np.prod([int(n) for n in header.get_data_shape()], dtype=object)) * dtype.itemsize
@@ -144,19 +144,19 @@ def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: 
     return raw
 
 
-def _read_pieces(stream: BinaryIO, promised: int) -> tuple[int, bytes]:
+def _read_pieces(stream: BinaryIO, promised: int) -> tuple[int, bytearray]:
     """Read at most one byte more than `promised`, in pieces: a lying header cannot make us allocate.
 
     Reading past the last byte makes gzip compare its CRC and length.
     """
-    pieces, found = [], 0
-    while found <= promised and (piece := stream.read(min(_CHUNK, promised + 1 - found))):
-        pieces.append(piece)
-        found += len(piece)
-    return found, b"".join(pieces)
+    # Not pieces that are joined: then all would be there twice.
+    raw = bytearray()
+    while len(raw) <= promised and (piece := stream.read(min(_CHUNK, promised + 1 - len(raw)))):
+        raw += piece
+    return len(raw), raw
 
 
-def _scaled(path: Path, header: Nifti1Header, raw: bytes) -> NDArray[Any]:
+def _scaled(path: Path, header: Nifti1Header, raw: bytearray) -> NDArray[Any]:
     """Return (C, I, J, K) with the header's slope and intercept applied."""
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
@@ -185,7 +185,7 @@ def _scaled(path: Path, header: Nifti1Header, raw: bytes) -> NDArray[Any]:
                 "where the image is made",
                 code="NON_FINITE",
             )
-    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
+    return array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
 
 
 def _channels_first(path: Path, stored: NDArray[Any]) -> NDArray[Any]:
