@@ -33,10 +33,19 @@ def content_digests(case: Case) -> tuple[str, str]:
     files: dict[Path, str] = {}
     for path in (*case.images, *case.label_files):
         if path not in files:  # images and labels may share a folder
-            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            files[path] = digest(sorted(file_digest(p) for p in inside))
+            files[path] = _path_digest(path)
     images = [files[path] for path in case.images]
     return digest([*images, *(files[path] for path in case.label_files)]), digest(images)
+
+
+def image_digest(case: Case) -> str:
+    """Return the SHA-256 of the bytes of a case's images alone; its labels need not be there."""
+    return digest([_path_digest(path) for path in case.images])
+
+
+def _path_digest(path: Path) -> str:
+    inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return digest(sorted(file_digest(p) for p in inside))
 
 
 def find_cases(spec: Spec, root: Path) -> tuple[Case, ...]:

@@ -28,7 +28,7 @@ Splits = Annotated[Path | None, typer.Option(help="YAML or JSON with lists `trai
 Budget = Annotated[str | None, typer.Option(help="Wall time of the whole command: 90s, 10m, 1h30m, 2d (default 1h).")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Fixed number of training steps instead of a budget.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE: change a value of the plan.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every random choice.")]
 From = Annotated[
     str | None,
     typer.Option("--from", help="Fine-tune: run folder, bundle, nnU-Net v2 model or models:/NAME@ALIAS to begin with."),

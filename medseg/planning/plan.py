@@ -23,6 +23,10 @@ Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 WIDTH = 110
 """Of the lines of a plan on disk."""
+SCALES = (0.1, 10.0)
+"""Beyond these a patch is a voxel, or reads a region that no memory holds; 0 or less is no scale at all."""
+MOST_SEED = 2**63 - 1
+"""The largest number that torch takes for a seed."""
 
 
 class Normalise(Config):
@@ -157,7 +161,7 @@ class Plan(Config):
     validations: int = Field(ge=1)
     overlap: float = Field(ge=0, lt=1)
     test_mirroring: bool
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=MOST_SEED)
     budget_seconds: float | None = None
     measured: Measured | None = None
     fingerprint: Fingerprint
@@ -179,6 +183,11 @@ class Plan(Config):
         if any(axis not in range(self.dimensions) for axis in self.augmentation.mirror_axes):
             problems.append(
                 f"augmentation.mirror_axes {self.augmentation.mirror_axes}: axes are below {self.dimensions}"
+            )
+        if not all(SCALES[0] <= scale <= SCALES[1] for scale in self.augmentation.scale):
+            problems.append(
+                f"augmentation.scale {self.augmentation.scale}: two numbers from {SCALES[0]:g} to {SCALES[1]:g} are "
+                "needed"
             )
         if problems:
             raise ValueError("; ".join(problems))

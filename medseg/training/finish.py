@@ -42,7 +42,7 @@ from medseg.training.drawn import write_drawn
 from medseg.training.loop import Job, Learner
 from medseg.training.quality import Seen, fit_seen
 from medseg.training.quality import told as quality_told
-from medseg.training.start_told import seen_by, start_facts
+from medseg.training.start_told import seen_by, start_facts, validation_seen
 from medseg.training.state import LoopState
 from medseg.training.temperature import VoxelSample
 from medseg.volume import Volume, reorient, shown_axes
@@ -135,11 +135,16 @@ def _calibrated(found: Calibration) -> str:
 def _judge(
     jobs: Sequence[Job], scored: _Scored, steps: Sequence[PostStep], report: Path, display: Display
 ) -> QualityModel | None:
-    """Fit what will say how good a mask is, and write how well it does on cases that it has not seen."""
+    """Fit what will say how good a mask is, and write how well it does on cases that it has not seen.
+
+    Cases that a fine-tuned network had learnt from before are left out: nothing follows from their Dice for new ones.
+    """
     spec, plan = jobs[0].spec, jobs[0].plan
-    fitted = fit_seen(scored.seen, spec, steps, scored.case_dice, folds=len(jobs), mirror=plan.test_mirroring)
+    known = {case for job in jobs for case in validation_seen(job) or ()}
+    fresh = [one for one in scored.seen if one.case.id not in known]
+    fitted = fit_seen(fresh, spec, steps, scored.case_dice, folds=len(jobs), mirror=plan.test_mirroring)
     summary = None if fitted is None else write_quality(report, fitted, seed=plan.seed)
-    display.say(quality_told(summary, cases=len(scored.seen)))
+    display.say(quality_told(summary, cases=len(fresh), known=len(known)))
     return None if fitted is None else fitted.model
 
 

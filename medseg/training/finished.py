@@ -35,6 +35,15 @@ class Finished:
     data_digest: str
     folds: Mapping[str, int]
 
+    @property
+    def validation_known(self) -> tuple[int | None, ...]:
+        """Return of each network how many of its validation cases it had learnt from before it was fine-tuned.
+
+        None where the model that it began with does not tell; nothing for a run that began with random weights.
+        """
+        start = self.bundle.info.training.get("start") or {}
+        return tuple(start.get("validation_cases_seen_before", ()))
+
     def model(self, fold: int, device: torch.device) -> Model:
         """Return the model with the one network that has not seen the cases of a fold, with the run's temperature."""
         file = f"fold_{sorted(set(self.folds.values())).index(fold)}.safetensors"
@@ -48,7 +57,7 @@ def open_runs(folders: Sequence[Path]) -> list[Finished]:
 
     Raises
     ------
-    TrainingError : a folder holds no finished run; RUNS_DIFFER.
+    TrainingError : a folder holds no finished run; RUNS_DIFFER, also where a run knew its validation cases before.
     BundleError : a model is damaged.
     """
     names = _names(folders)
@@ -56,6 +65,13 @@ def open_runs(folders: Sequence[Path]) -> list[Finished]:
     first = runs[0]
     seen: dict[str, str] = {}
     for run in runs:
+        if known := sum(count or 0 for count in run.validation_known):
+            raise TrainingError(
+                f"{run.name} was fine-tuned from a model that had learnt from {known} of its validation cases: their "
+                "Dice is too good to compare it with others; leave it out, or fine-tune a model of the same data, "
+                "--folds and --seed",
+                code=DIFFER,
+            )
         if run.data_digest != first.data_digest:
             raise TrainingError(
                 f"{run.name} learnt from other data than {first.name} (cases, masks, splits or labels differ); only "

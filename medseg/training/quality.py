@@ -84,10 +84,13 @@ def label_dice(found: Volume, truth: Volume, spec: Spec) -> dict[str, float]:
     return scores
 
 
-def told(summary: Mapping[str, Any] | None, *, cases: int) -> str:
-    """Say in a line how good the estimate is."""
+def told(summary: Mapping[str, Any] | None, *, cases: int, known: int = 0) -> str:
+    """Say in a line how good the estimate is; `known` cases were left out."""
     if summary is None:
-        return f"quality estimate: none, {cases} cases are too few ({MIN_CASES} are needed; --folds 5 gives more)"
+        without = f" without the {known} that the model knew before" if known else ""
+        return (
+            f"quality estimate: none, {cases} cases{without} are too few ({MIN_CASES} are needed; --folds 5 gives more)"
+        )
     whole, worst = summary["case_mean"], summary["worst"]
     if whole["spearman"] is None or worst is None:
         return f"quality estimate: {summary['cases']} cases, whose Dice it cannot tell apart"

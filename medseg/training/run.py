@@ -164,7 +164,7 @@ def _lead(
             _track_plan(tracker, plan, manifest, out)
             jobs = work.jobs(plan)
             refuse_empty_training(jobs)
-            say_start(jobs, display)
+            say_start(jobs, dataset, display)
             _call_others(to_work=True)
             states = work.fit_all(jobs, tracker)
             name, hurry = model_name or dataset.spec.name, request.budget is not None

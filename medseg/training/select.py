@@ -110,18 +110,24 @@ def select_model(
     shutil.rmtree(out / "6_model", ignore_errors=True)  # of a command that was killed
     work = _Work(dataset.spec, found, tuple(c for c in learning_cases(dataset) if c.id in found[0].folds))
     with display or Display(None) as shown:
+        for run in found:
+            if None in run.validation_known:
+                shown.say(
+                    f"{run.name} was fine-tuned from a model that does not tell what it learnt from: if the cases here "
+                    "are among it, its Dice is too good, and so is that of its ensembles"
+                )
         shown.stage("predicting out of fold")
         candidates = work.candidates(shown)
         choice, repeated = choose(candidates), repeat(candidates, found[0].folds)
         chosen = [run for run in found if run.name in choice.chosen.names]
+        table = _table(choice)
+        _write(out / "7_report", choice, repeated, table)  # before the model, with which a selection is complete
         if len(chosen) == 1:
             _copy(chosen[0].bundle.folder, out / "6_model")
             open_bundle(out)  # what was copied is what was read
         else:
             shown.stage("scoring the ensemble")
             work.ensemble(chosen, out, shown)
-        table = _table(choice)
-        _write(out / "7_report", choice, repeated, table)
         for line in describe(choice, repeated, table):
             shown.say(line)
     return Selection(out / "6_model", choice, repeated, table)
@@ -194,11 +200,13 @@ class _Work:
             members.append(Member(name=run.name, digest=info.digest, networks=len(info.weights)))
         reference = dataset_reference(Dataset(self.spec, self.cases), self.cases, "validation")
         evaluation = evaluate_against(reference, place, out=out / "7_report")
-        save_bundle(out / "6_model", _info(runs, members, steps, sample.fit(), evaluation), {})
-        write_json(place / "predictions.json", open_bundle(out).info.provenance(None))
+        info = _info(runs, members, steps, sample.fit(), evaluation)
+        write_json(place / "predictions.json", info.provenance(None))
         folds = [f"{case},{fold}" for case, fold in self.runs[0].folds.items()]
         write_text(out / "7_report" / "folds.csv", "\n".join(["case,fold", *folds]) + "\n")
         write_text(out / "7_report" / "postprocess.csv", evidence_csv(evidence))
+        save_bundle(out / "6_model", info, {})
+        open_bundle(out)  # what was copied is what was read
         shown.say(told(steps, trial, folds=len(set(self.runs[0].folds.values()))))
 
 

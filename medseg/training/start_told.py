@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from medseg.cases import image_digest
 from medseg.display import Display
+from medseg.errors import TrainingError
+from medseg.spec import Dataset
 from medseg.training.loop import Job
+from medseg.training.start import DIGITS
 
 
 def seen_by(job: Job) -> tuple[str, ...]:
@@ -39,8 +43,8 @@ def start_facts(jobs: Sequence[Job]) -> dict[str, Any]:
     return {"start": facts}
 
 
-def say_start(jobs: Sequence[Job], display: Display) -> None:
-    """Say what is kept of the model and whether the validation Dice can be believed."""
+def say_start(jobs: Sequence[Job], dataset: Dataset, display: Display) -> None:
+    """Say what is kept of the model and whether the Dice of validation and test cases can be believed."""
     start = jobs[0].plan.start
     if start is None:
         return
@@ -61,3 +65,33 @@ def say_start(jobs: Sequence[Job], display: Display) -> None:
             f"{len(cases)} of {total} validation cases ({', '.join(cases[:3])}{more}) are among those that the model "
             "learnt from: their Dice is too good; judge by test cases that it cannot know"
         )
+    if known := test_seen(jobs, dataset):
+        display.say(
+            f"{len(known)} test case(s) ({', '.join(known[:3])}) are among those that the model learnt from: they are "
+            "no test of what comes of it; hold out others"
+        )
+
+
+def test_seen(jobs: Sequence[Job], dataset: Dataset) -> list[str]:
+    """Return the test cases whose images any network had learnt from before it began, as far as it tells.
+
+    Images that are not there (yet) are passed over: a training does not need them.
+
+    Raises
+    ------
+    TrainingError : an image is there and cannot be read.
+    """
+    seen = frozenset[str]().union(*(job.start.seen for job in jobs if job.start is not None))
+    if not seen:
+        return []
+    known = []
+    for case in dataset.select("test"):
+        if not all(path.exists() for path in case.images):
+            continue
+        try:
+            known += [case.id] if image_digest(case)[:DIGITS] in seen else []
+        except OSError as error:
+            raise TrainingError(
+                f"test case {case.id}: an image cannot be read ({error.strerror}); medseg check lists all"
+            ) from error
+    return known

@@ -57,7 +57,8 @@ def test_file_is_for_people(tmp_path: Path, plan: Plan) -> None:
     why = [line for line in lines[place - 5 : place] if line.startswith("# Why")]
     assert len(why) == 4, "a long reason is several lines"
     assert [line for line in lines if line and not line.startswith((" ", "#")) and ":" not in line] == []
-    assert list(yaml.safe_load(text)) == [key for key in Plan.model_fields if key != "nnunet"]  # only in imported ones
+    late = ("nnunet", "start")  # only in imported and in fine-tuned ones
+    assert list(yaml.safe_load(text)) == [key for key in Plan.model_fields if key not in late]
 
 
 @pytest.mark.parametrize("name", ["on", "1", "a: b", "ünï", "x" * 200, "null", "{a}"])
@@ -96,6 +97,10 @@ def test_an_edited_file_is_checked_with_its_lines(tmp_path: Path, plan: Plan) ->
         ({"orientation": "ras"}, "pattern"),
         ({"augmentation": {"mirror_axes": [3]}}, "axes are below 3"),
         ({"augmentation": {"mirror_axes": [-1]}}, "axes are below 3"),
+        ({"augmentation": {"scale": (0.0, 1.4)}}, "two numbers from 0.1 to 10"),
+        ({"augmentation": {"scale": (-1.0, 1.0)}}, "two numbers from 0.1 to 10"),
+        ({"augmentation": {"scale": (0.7, 1000.0)}}, "two numbers from 0.1 to 10"),
+        ({"seed": 2**63}, "less than or equal to"),
         ({"dimensions": 4}, "2 or 3"),
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"learning_rate": float("nan")}, "finite"),

@@ -204,3 +204,21 @@ def test_images_without_contrast_and_pictures_have_numbers() -> None:
         assert np.isfinite(found.layout).all()
         assert len(found.layout) == GRID**3
     assert set(described(np.ones((9, 7, 1))).numbers) == set(described(np.zeros((8, 8, 8))).numbers)
+
+
+def test_place_and_slant_are_those_of_the_list_of_voxels(make_spec: Make, rng: np.random.Generator) -> None:
+    """Moments are taken from shadows; the list of all voxels is the oracle."""
+    for shape in ((9, 7, 5), (30, 2, 11), (6, 6, 6)):
+        array = (rng.random((1, *shape)) < 0.2).astype(np.int32)
+        array[0, 0, 0, 0] = array[0, -1, -1, -1] = 1
+        found = label_shapes(Volume(array, np.diag([0.5, 2.0, 3.0, 1.0])), make_spec({"a": 1}))["a"]
+        places = np.argwhere(array[0])
+        spacing = np.array([0.5, 2.0, 3.0])
+        spread = np.cov((places * spacing).T, bias=True) + np.diag(spacing**2 / 12)
+        for n, axis in enumerate("RAS"):
+            other = (n + 1) % 3
+            slant = spread[n, other] / math.sqrt(spread[n, n] * spread[other, other])
+            assert found[f"place {axis}"] == pytest.approx((places.mean(0)[n] + 0.5) / shape[n], abs=1e-12)
+            assert found[f"slant {axis}"] == pytest.approx(slant, abs=1e-12)
+        axes = np.sqrt(np.linalg.eigvalsh(spread))
+        assert found["elongation"] == pytest.approx(math.log(axes[2] / axes[1]), abs=1e-9)

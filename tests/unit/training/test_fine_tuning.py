@@ -20,7 +20,7 @@ from medseg.bundle import load_networks, make_network, open_bundle
 from medseg.errors import BundleError, ConfigError, MedsegError, PlanError
 from medseg.planning.plan import Measured, read_plan
 from medseg.targets import channel_names
-from medseg.training import plan_from
+from medseg.training import finish, plan_from
 from medseg.training.start import StartWeights, begin, choose_weights, class_places
 from medseg.training.state import load_state
 
@@ -212,6 +212,34 @@ def test_validation_cases_that_the_model_knows_are_told(data: Path, others: Path
     assert (
         len(open_bundle(tmp_path / "chain").info.seen["fold_0.safetensors"]) == len(info.seen["fold_0.safetensors"]) + 3
     )
+
+
+def test_test_cases_that_the_model_knows_are_told(model: Path, tmp_path: Path, tiny_dataset: Builder) -> None:
+    """`model` has learnt from three of c0 to c3; whoever holds one of them out tests nothing."""
+    said: list[str] = []
+    data = tiny_dataset(tmp_path / "data", cases=6, test=0, splits={"test": ["c0", "c1", "c4"]})
+    (data / "masks" / "c4.nii.gz").unlink()
+    tuned(data, model, tmp_path / "run", display=SpeakingDisplay(said))
+    found = [line for line in said if "no test of what comes of it" in line]
+    assert len(found) == 1, said
+    assert "c0" in found[0] or "c1" in found[0]
+    assert "c4" not in found[0]
+
+    other = tiny_dataset(tmp_path / "other", cases=6, test=2)  # c4 and c5, which it does not know
+    tuned(other, model, tmp_path / "honest", display=SpeakingDisplay(said := []))
+    assert not any("no test of what comes of it" in line for line in said)
+
+
+def test_the_quality_estimate_leaves_out_what_the_model_knew(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(finish, "fit_seen", lambda seen, *_, **__: asked.append([one.case.id for one in seen]))
+    monkeypatch.setattr(finish, "validation_seen", lambda job: [case.id for case in job.validation][:1])
+    said: list[str] = []
+    tuned(data, model, tmp_path / "run", folds=2, display=SpeakingDisplay(said))
+    assert [len(cases) for cases in asked] == [2], "of four cases, one of each fold was known"
+    assert any("2 cases without the 2 that the model knew before are too few" in line for line in said), said
 
 
 def test_other_labels_on_the_same_images_are_the_same_images(

@@ -15,6 +15,7 @@ import pytest
 
 from medseg import api
 from medseg.bundle import MODEL_FILE, load_networks, open_bundle
+from medseg.display import Display
 from medseg.errors import BundleError, ConfigError, MedsegError, TrainingError
 from medseg.evaluation.table import load_evaluation
 from medseg.inference.predict import load_model, predict_soft
@@ -178,6 +179,45 @@ def test_other_folds_or_data_are_refused(place: Path, tmp_path: Path) -> None:
         error = refused(place / "data", [deep, damaged], out)
         assert isinstance(error, TrainingError)
         assert "damaged" in str(error)
+
+
+def began_with(run: Path, to: Path, known: list[int | None]) -> Path:
+    """Copy a run as if it had been fine-tuned from a model that knew so many validation cases of each fold."""
+    shutil.copytree(run, to)
+    content = json.loads((to / "6_model" / MODEL_FILE).read_text())
+    content["training"]["start"] = {"model": "0" * 64, "validation_cases_seen_before": known}
+    (to / "6_model" / MODEL_FILE).write_text(json.dumps(content))
+    return to
+
+
+def test_a_run_that_knew_its_validation_cases_before_is_refused(place: Path, tmp_path: Path) -> None:
+    """Its Dice is not one of unseen cases: it would win against every honest run."""
+    tuned = began_with(place / "flat", tmp_path / "tuned", [2, 1])
+    error = refused(place / "data", [place / "deep", tuned], tmp_path / "out")
+    assert (error.code, "tuned" in str(error), "learnt from 3 of its" in str(error)) == ("RUNS_DIFFER", True, True)
+
+
+def test_a_run_whose_beginning_is_not_known_is_doubted(place: Path, tmp_path: Path) -> None:
+    tuned = began_with(place / "flat", tmp_path / "tuned", [None, None])
+    said: list[str] = []
+    display = Display(None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(display, "say", said.append)
+        select_model(place / "data", [place / "deep", tuned], out=tmp_path / "out", display=display)
+    assert sum("does not tell what it learnt from" in line for line in said) == 1, said
+
+
+def test_tables_are_there_before_the_model(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model a selection is complete, and the same command does nothing more."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_copy", killed)
+    with pytest.raises(KeyboardInterrupt):
+        select_model(place / "data", [place / "deep", place / "flat"], out=tmp_path / "out")
+    assert (tmp_path / "out" / "7_report" / "selection.json").exists()
+    assert (tmp_path / "out" / "7_report" / "selection.csv").exists()
 
 
 def test_a_damaged_model_is_refused_before_anything_is_predicted(place: Path, tmp_path: Path) -> None:
