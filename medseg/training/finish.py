@@ -228,7 +228,7 @@ def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display:
         info = make_info([job], [state], "", None)
         single = save_bundle(place / "model", info, weights_of([state]))
         model = Model(single, [n.to(job.device) for n in load_networks(single)], job.device)
-        write_json(place / "predictions.json", info.provenance(None))
+        write_json(place / "predictions.json", single.info.provenance(None))
         for case in job.validation:
             _score_case(model, case, place, scored, hurry=hurry)
             folds.append(f"{case.id},{_number(job)}")

@@ -9,6 +9,7 @@ import torch
 
 from medseg.bundle import Bundle
 from medseg.errors import PlanError
+from medseg.planning.budget import LEAST_STEPS, duration, enough, learning_seconds
 from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.plan import Measured, NetworkPlan, Plan, Triple, override
 from medseg.planning.planner import BATCH_VOXELS, PATCH_VOXELS, Draft, draft, names_sides
@@ -139,11 +140,14 @@ def _steps(fingerprint: Fingerprint, request: Request, batch: int, seconds: floa
     if request.epochs is not None:
         return max(1, request.epochs * fingerprint.cases // batch)
     folds = 1 if request.fold is not None else (request.folds or 1)
-    learning = (request.budget or 0.0) * 0.9 / folds
+    learning = learning_seconds(request.budget or 0.0, folds)
+    # Fewer than the planner's least number: weights that know most already gain from a few steps, too.
     if learning < seconds:
+        each = f" for each of {folds} networks" if folds > 1 else ""
         raise PlanError(
-            f"the budget leaves {learning:.0f} s to learn and one step takes {seconds:.1f} s here; "
-            "give a larger --budget"
+            f"the budget leaves {learning:.0f} s{each} to learn and one step takes {seconds:.1f} s here; give at least "
+            f"--budget {duration(enough(seconds, LEAST_STEPS, folds))}",
+            code="BUDGET_TOO_SMALL",
         )
     return int(learning / seconds)
 

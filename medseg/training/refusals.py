@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from medseg.display import Display
-from medseg.errors import TrainingError
+from medseg.errors import SpecError, TrainingError
 from medseg.planning.budget import refuse_small_budget
 from medseg.planning.fingerprint import Fingerprint
 from medseg.spec import Case
@@ -19,9 +19,14 @@ def refuse_too_few(cases: Sequence[Case], request: Request) -> None:
 
     Raises
     ------
+    SpecError : no training case has a mask.
     TrainingError : too few patients for the folds that are asked for (TOO_FEW_PATIENTS), or no such fold.
     PlanError : the budget leaves no time at all to learn (BUDGET_TOO_SMALL).
     """
+    if not cases:
+        raise SpecError(
+            "there is no case to learn from: no case outside of the test split has a mask; medseg check lists them"
+        )
     if request.budget:
         refuse_small_budget(request.budget, 1, 0.0)
     folds = make_folds(cases, folds=request.folds, seed=request.seed)

@@ -219,7 +219,7 @@ def test_plan_writes_a_file_that_train_follows(
     settings = ("--set", "batch_size=2", "--set", "network.options.features=[4, 8, 8]")
     answer = medseg("plan", place / "data", "--steps", 2, "--out", "p.yaml", *settings)
     assert answer.code == 0
-    assert "p.yaml: 3-D, patch" in answer.out
+    assert "p.yaml: 3-D, spacing (1.5, 1.5, 2.0), patch" in answer.out
     assert yaml.safe_load((tmp_path / "p.yaml").read_text())["batch_size"] == 2
     assert medseg("train", place / "data", "--out", "r", "--steps", 2, "--plan", "p.yaml", "--no-track").code == 0
 

@@ -21,6 +21,7 @@ from medseg.errors import BundleError, ConfigError, MedsegError, PlanError
 from medseg.planning.plan import Measured, read_plan
 from medseg.targets import channel_names
 from medseg.training import finish, plan_from
+from medseg.training.request import Request
 from medseg.training.start import StartWeights, begin, choose_weights, class_places
 from medseg.training.state import load_state
 
@@ -326,9 +327,13 @@ def test_a_replay_takes_no_model(data: Path, model: Path, tmp_path: Path) -> Non
         api.train(data, out=tmp_path / "run", replay=model, from_model=model)
 
 
-def test_a_budget_too_small_for_a_step_is_refused(data: Path, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="one step takes"):
-        api.train(data, out=tmp_path / "run", budget=0.01, from_model=model, settings=STILL)
+def test_a_budget_too_small_for_a_step_is_refused(make_fingerprint: Any) -> None:
+    """Of 10.1 s each of four networks gets 0.025 to learn."""
+    with pytest.raises(PlanError, match=r"for each of 4 networks to learn and one step takes 0\.1 s") as caught:
+        plan_from._steps(make_fingerprint(), Request(budget=10.1, folds=4), 2, 0.05)
+    assert caught.value.code == "BUDGET_TOO_SMALL"
+    assert "--budget 20s" in str(caught.value)
+    assert plan_from._steps(make_fingerprint(), Request(budget=11.0, folds=2), 2, 0.05) == 10
 
 
 # Begin
