@@ -8,7 +8,9 @@ double precision, and agrees with it to rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,7 @@ def coarse_axis(rule: Interpolation, before: Sequence[float], after: Sequence[fl
     return axes[0] if len(axes) == 1 else None
 
 
+@lru_cache(maxsize=16)
 def spline_matrix(before: int, after: int, order: int) -> NDArray[np.float64]:
     """Return the matrix (after, before) of a resampling along one axis."""
     zoomed = ndimage.zoom(np.eye(before), (after / before, 1.0), order=order, mode="nearest", grid_mode=True)
@@ -80,8 +83,11 @@ def spline_along(x: Tensor, dim: int, size: int, order: int) -> Tensor:
     if order == 0:
         return x.index_select(dim, torch.from_numpy(nearest_slices(x.shape[dim], size)))
     matrix = torch.from_numpy(spline_matrix(x.shape[dim], size, order)).to(x)
-    result: Tensor = torch.tensordot(x, matrix, dims=([dim], [1])).movedim(-1, dim)
-    return result
+    before, after = math.prod(x.shape[:dim]), math.prod(x.shape[dim + 1 :])
+    # As products of matrices, so that no axis has to be moved (and the image copied) for it.
+    blocks = x.reshape(before, x.shape[dim], after)
+    result = (blocks[..., 0] @ matrix.T)[..., None] if after == 1 else matrix @ blocks
+    return result.reshape(*x.shape[:dim], size, *x.shape[dim + 1 :])
 
 
 def resize_labels(mask: NDArray[Any], size: Sequence[int], rule: Interpolation, coarse: int | None) -> NDArray[Any]:
