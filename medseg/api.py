@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from medseg.training.run import TrainResult
 
 PathLike = str | Path
+Datasets = PathLike | Sequence[PathLike]
+"""One dataset, or several that are learnt together."""
 
 
 def check(
@@ -66,7 +68,7 @@ def check(
 
 
 def plan(  # noqa: PLR0913 - the options of the command are the parameters of the function
-    dataset: PathLike,
+    dataset: Datasets,
     *,
     out: PathLike | None = None,
     budget: str | float | None = None,
@@ -86,9 +88,9 @@ def plan(  # noqa: PLR0913 - the options of the command are the parameters of th
     SpecError, PlanError : the data cannot be used, or no plan fits the budget.
     """
     from medseg.device import best_device
+    from medseg.joining import load_datasets
     from medseg.planning.fingerprint import take_fingerprint
     from medseg.planning.plan import write_plan
-    from medseg.spec import load_dataset
     from medseg.training.manifest import learning_cases
     from medseg.training.plan_from import plan_training
     from medseg.training.refusals import say_absent_labels
@@ -98,7 +100,7 @@ def plan(  # noqa: PLR0913 - the options of the command are the parameters of th
     display = display or Display(None)
     length = training_length(budget=budget, steps=steps)
     request = Request(budget=length, steps=steps, settings=tuple(settings), seed=seed, from_model=_path(from_model))
-    found = load_dataset(Path(dataset), splits=_path(splits))
+    found = load_datasets(_paths(dataset), splits=_path(splits))
     start = open_start(request, found.spec)
     with display:
         display.stage("reading")
@@ -112,7 +114,7 @@ def plan(  # noqa: PLR0913 - the options of the command are the parameters of th
 
 
 def train(  # noqa: PLR0913 - the options of the command are the parameters of the function
-    dataset: PathLike,
+    dataset: Datasets,
     *,
     out: PathLike,
     budget: str | float | None = None,
@@ -137,6 +139,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
 
     Parameters
     ----------
+    dataset : one, or a list of several whose labels may differ (docs/how-to/several-datasets.md).
     out : run folder; the same call resumes an unfinished run in it.
     budget : wall time of the whole call, as seconds or "10m".
     folds, fold : cross-validation with one network a fold; or only that fold.
@@ -178,7 +181,7 @@ def train(  # noqa: PLR0913 - the options of the command are the parameters of t
         from_model=_path(from_model),
     )
     return run(
-        Path(dataset),
+        _paths(dataset),
         out=Path(out),
         request=request,
         splits=_path(splits),
@@ -384,3 +387,7 @@ def local_model(model: PathLike, *, track: PathLike) -> Path:
 
 def _path(value: PathLike | None) -> Path | None:
     return None if value is None else Path(value)
+
+
+def _paths(datasets: Datasets) -> tuple[Path, ...]:
+    return (Path(datasets),) if isinstance(datasets, str | Path) else tuple(map(Path, datasets))

@@ -158,7 +158,7 @@ class BundleInfo(Config):
             return mirror
         return "as planned for each member" if self.members else self.plan.test_mirroring
 
-    def provenance(self, mirror: bool | None) -> dict[str, str | int | float | bool | None]:
+    def provenance(self, mirror: bool | None) -> dict[str, Any]:
         """Return what is said about the origin of this model's predictions; no path, no date.
 
         `mirror` is whether they were averaged over mirrored inputs; None: as planned.
@@ -167,6 +167,7 @@ class BundleInfo(Config):
             "model_hash": self.digest,
             "plan_hash": self.plan.digest,
             "spec_hash": spec_digest(self.spec),
+            "labels": self.spec.foreground,
             "dataset_hash": self.dataset_digest,
             "software": f"medseg {self.versions['medseg']}",
             "tta": self._mirrored(mirror),

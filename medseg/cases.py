@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from medseg.errors import SpecError
 from medseg.files import digest, file_digest
+from medseg.joined import source_among
 from medseg.privacy import keyed_id
 from medseg.readers import reader_for
 from medseg.spec import Case, Spec
@@ -29,13 +30,25 @@ def source_digest(case: Case) -> str:
 
 
 def content_digests(case: Case) -> tuple[str, str]:
-    """Return the SHA-256 of the bytes of all files of a case, and of those of its images alone; each is read once."""
+    """Return the SHA-256 of the bytes of all files of a case, and of those of its images alone; each is read once.
+
+    The first of a case among several datasets depends on the spec by which it is read, too.
+    """
     files: dict[Path, str] = {}
     for path in (*case.images, *case.label_files):
         if path not in files:  # images and labels may share a folder
             files[path] = _path_digest(path)
     images = [files[path] for path in case.images]
-    return digest([*images, *(files[path] for path in case.label_files)]), digest(images)
+    return source_among(case, digest([*images, *(files[path] for path in case.label_files)])), digest(images)
+
+
+def image_files(case: Case) -> list[Path]:
+    """Return every file of the images of a case that is there."""
+    return [file for path in case.images if path.exists() for file in _inside(path)]
+
+
+def _inside(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def image_digest(case: Case) -> str:
@@ -44,8 +57,7 @@ def image_digest(case: Case) -> str:
 
 
 def _path_digest(path: Path) -> str:
-    inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return digest(sorted(file_digest(p) for p in inside))
+    return digest(sorted(file_digest(p) for p in _inside(path)))
 
 
 def find_cases(spec: Spec, root: Path) -> tuple[Case, ...]:

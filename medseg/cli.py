@@ -20,7 +20,7 @@ from medseg.cli_options import (
     CaseChoice,
     Channels,
     Cluster,
-    Dataset,
+    Datasets,
     Formats,
     From,
     Json,
@@ -119,7 +119,7 @@ def check(
 
 @app.command()
 def plan(  # noqa: PLR0913 - one parameter an option
-    dataset: Dataset,
+    datasets: Datasets,
     out: Annotated[Path, typer.Option(help="File to write; edit it, then train with --plan.")] = Path("plan.yaml"),
     budget: Budget = None,
     steps: Steps = None,
@@ -136,7 +136,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     from medseg import api
 
     made = api.plan(
-        dataset,
+        datasets,
         out=out,
         budget=budget,
         steps=steps,
@@ -152,7 +152,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
 
 @app.command()
 def train(  # noqa: PLR0913 - one parameter an option
-    dataset: Dataset,
+    datasets: Datasets,
     out: Annotated[Path, typer.Option(help="Run folder; the same command resumes an unfinished run in it.")],
     budget: Budget = None,
     steps: Steps = None,
@@ -173,13 +173,15 @@ def train(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Train a model within a budget of wall time, or for a number of steps.
 
+    Of several datasets, each label is learnt from those that list it; the others leave it open.
+
     Example: medseg train data_specs/hippocampus.yaml --budget 10m --out runs/hippocampus
     """
     from medseg import api
     from medseg.duration import process_start
 
     result = api.train(
-        dataset,
+        datasets,
         out=out,
         budget=budget,
         steps=steps,

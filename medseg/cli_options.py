@@ -24,6 +24,10 @@ class Cases(StrEnum):
 
 
 Dataset = Annotated[Path, typer.Argument(help="Spec file, or folder with dataset.yaml, MSD or nnU-Net v2 layout.")]
+Datasets = Annotated[
+    list[Path],
+    typer.Argument(metavar="DATASET...", help="Spec file or dataset folder; several are learnt together, by names."),
+]
 Splits = Annotated[Path | None, typer.Option(help="YAML or JSON with lists `train` and `test` of case ids.")]
 Budget = Annotated[str | None, typer.Option(help="Wall time of the whole command: 90s, 10m, 1h30m, 2d (default 1h).")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Fixed number of training steps instead of a budget.")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -318,13 +318,13 @@ class Dataset:
         return tuple(case for case in self.cases if case.split == split)
 
 
-def load_dataset(path: Path, *, splits: Path | None = None) -> Dataset:
+def load_dataset(path: Path, *, splits: Path | Splits | None = None) -> Dataset:
     """Understand `path` as a dataset.
 
     Parameters
     ----------
     path : spec file (.yaml), or a folder: with dataset.yaml, an MSD task or an nnU-Net v2 raw dataset.
-    splits : YAML or JSON file with lists `train` and `test` of case ids that replaces the spec's own.
+    splits : lists `train` and `test` of case ids, or a YAML or JSON file of them, that replace the spec's own.
 
     Raises
     ------
@@ -344,8 +344,10 @@ def load_dataset(path: Path, *, splits: Path | None = None) -> Dataset:
         if dataset.spec.studies:
             looked = "the rules of `channels`: no DICOM study has a series that fits one"
         raise SpecError(f"{path}: no case was found; check `root` and {looked}")
+    if isinstance(splits, Splits):
+        return split_cases(dataset, splits, name=str(path))
     chosen = dataset.spec.splits if splits is None else config.load(Splits, splits, error=SpecError)
-    return _split(dataset, chosen, name=str(splits or path))
+    return split_cases(dataset, chosen, name=str(splits or path))
 
 
 def _load_spec(file: Path) -> Dataset:
@@ -373,8 +375,8 @@ def _expand(root: str, file: Path) -> Path:
     return Path(text)
 
 
-def _split(dataset: Dataset, splits: Splits, *, name: str) -> Dataset:
-    """Mark the cases of the test list; with a train list only the listed cases are kept."""
+def split_cases(dataset: Dataset, splits: Splits, *, name: str) -> Dataset:
+    """Mark the cases of the test list; with a train list only the listed cases are kept. `name` is for the error."""
     known = {case.id for case in dataset.cases}
     for word in (*splits.train, *splits.test):
         if word not in known:
@@ -383,8 +385,7 @@ def _split(dataset: Dataset, splits: Splits, *, name: str) -> Dataset:
         raise SpecError(f"{name}: splits: case {min(both)!r} stands in train and in test")
     kept = [c for c in dataset.cases if not splits.train or c.id in splits.train or c.id in splits.test]
     test = set(splits.test)
-    marked = [Case(c.id, c.images, c.mask, c.patient, "test" if c.id in test else c.split) for c in kept]
-    return Dataset(dataset.spec, tuple(marked))
+    return Dataset(dataset.spec, tuple(replace(c, split="test" if c.id in test else c.split) for c in kept))
 
 
 def spec_digest(spec: Spec) -> str:

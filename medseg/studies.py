@@ -10,6 +10,7 @@ import numpy as np
 
 from medseg.channels import choose_channels, combine, read_chosen
 from medseg.errors import GeometryError, MedsegError, ReadError, SpecError
+from medseg.joined import own_spec
 from medseg.readers import READERS, read_image, read_labels, reader_for
 from medseg.readers.allowances import Allowance
 from medseg.readers.label_request import LabelRequest, Wanted
@@ -34,7 +35,7 @@ class Study:
 
 
 def read_study(spec: Spec, case: Case) -> Study:
-    """Read and check one case.
+    """Read and check one case; one of several datasets by its own spec, with channels and values as `spec` has them.
 
     Raises
     ------
@@ -42,12 +43,33 @@ def read_study(spec: Spec, case: Case) -> Study:
         CHANNEL_COVERAGE, FRAME_OF_REFERENCE_DIFFERS, LABEL_BETWEEN_SLICES, LABEL_GRID, LABEL_VALUES,
         LABEL_NOT_INTEGER, UNIT_DIFFERS, any refusal of DICOM labels; the message starts with the case id.
     """
+    own = own_spec(spec, case)
     try:
-        image, drawn_on = _read_images(spec, case)
-        mask = None if case.mask is None else _read_mask(spec, case, image, drawn_on)
+        image, drawn_on = _read_images(own, case)
+        mask = None if case.mask is None else _read_mask(own, case, image, drawn_on)
     except MedsegError as error:
         raise _named(error, f"case {case.id}: {error}") from error
-    return Study(case, image, mask)
+    return Study(case, image, mask) if own is spec else _brought(Study(case, image, mask), own, spec)
+
+
+def _brought(study: Study, own: Spec, spec: Spec) -> Study:
+    """Bring the channels and label values of a dataset to those of a spec for several; names decide."""
+    image, mask = study.image, study.mask
+    order = [list(own.channels).index(name) for name in spec.channels]
+    if order != sorted(order):
+        image = image.with_array(image.array[order])
+    if mask is not None:
+        pairs = {0: 0, **{value: spec.foreground[name] for name, value in own.foreground.items()}}
+        if own.ignore is not None and spec.ignore is not None:
+            pairs[own.ignore] = spec.ignore
+        have = np.array(sorted(pairs))
+        want = np.array([pairs[value] for value in sorted(pairs)], _label_map(spec))
+        mask = mask.with_array(want[np.searchsorted(have, mask.array)])
+    return Study(study.case, image, mask)
+
+
+def _label_map(spec: Spec) -> type[np.uint8] | type[np.int32]:
+    return np.uint8 if max(spec.values) < 256 else np.int32
 
 
 def _read_images(spec: Spec, case: Case) -> tuple[Volume, tuple[Path, ...]]:
@@ -134,8 +156,7 @@ def _read_mask(spec: Spec, case: Case, image: Volume, drawn_on: tuple[Path, ...]
             f"the mask holds the value(s) {', '.join(map(str, foreign[:5]))}; the spec allows {allowed}",
             code="LABEL_VALUES",
         )
-    small = np.uint8 if max(spec.values) < 256 else np.int32
-    return mask.with_array(array.astype(small))
+    return mask.with_array(array.astype(_label_map(spec)))
 
 
 def wanted_labels(spec: Spec) -> tuple[Wanted, ...]:

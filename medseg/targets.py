@@ -12,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medseg.spec import Spec
+from medseg.joined import annotated, annotates_all
+from medseg.spec import Case, Spec
+
+NOWHERE = -1e4
+"""Logit of a channel that no voxel is asked about: its probability is 0 in single precision."""
 
 
 def exclusive(spec: Spec) -> bool:
@@ -23,6 +27,43 @@ def exclusive(spec: Spec) -> bool:
 def channel_names(spec: Spec) -> list[str]:
     """Return what each channel of the logits stands for."""
     return ["background", *spec.foreground] if exclusive(spec) else list(spec.regions)
+
+
+def known_channels(spec: Spec, case: Case) -> list[bool]:
+    """Tell of each channel of the logits whether the mask of a case knows it; the background always is.
+
+    A region is known where all its labels are.
+    """
+    if exclusive(spec):
+        known = annotated(spec, case)
+        return [True, *(name in known for name in spec.foreground)]
+    return [annotates_all(spec, case, region.labels) for region in spec.regions.values()]
+
+
+def merge_unknown(logits: Tensor, known: Tensor, alone: bool) -> Tensor:
+    """Take channels that a mask does not know out of what is asked: the marginal loss of Shi et al. 2021.
+
+    Of exclusive labels, a voxel that such a mask calls background is background or any unknown label: their
+    probabilities are added (arXiv 2007.03868, equation 3). Of regions, an unknown one is not asked about.
+
+    Parameters
+    ----------
+    logits : (B, K, *S).
+    known : (B, K) bool, the first True where `alone` (labels exclude each other).
+
+    Returns
+    -------
+    Tensor
+        (B, K, *S) float32; NOWHERE in unknown channels, through which no gradient flows.
+    """
+    logits = logits.float()
+    here = known.reshape(*known.shape, *[1] * (logits.ndim - 2))
+    asked = torch.where(here, logits, NOWHERE)
+    if not alone:
+        return asked
+    hidden = torch.where(here[:, 1:], NOWHERE, logits[:, 1:])
+    background = torch.cat([logits[:, :1], hidden], 1).logsumexp(1, keepdim=True)
+    return torch.cat([background, asked[:, 1:]], 1)
 
 
 def encode(spec: Spec, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,10 @@ import numpy as np
 from medseg import config
 from medseg.cases import make_case
 from medseg.errors import ConfigError, GeometryError, ReadError, SpecError
+from medseg.evaluation.label_names import by_name
 from medseg.evaluation.metrics import METRICS, Measurement, Pair, measure, measure_failed
 from medseg.evaluation.table import Evaluation, Row, Target, make_evaluation, write_evaluation
+from medseg.joined import annotated
 from medseg.plots import colours_for
 from medseg.readers import read_labels
 from medseg.readers.nifti import is_nifti, stem
@@ -57,6 +59,12 @@ class Reference:
     cases: tuple[Case, ...]
     targets: tuple[Target, ...]
     provenance: Mapping[str, str]
+
+    def values_known(self, case: Case) -> Set[int]:
+        """Return the values that the mask of a case tells of: a label that it does not annotate cannot be scored."""
+        if self.spec is None:
+            return {value for target in self.targets for value in target.values}
+        return set(annotated(self.spec, case).values())
 
     def read(self, case: Case) -> Volume:
         """Return the reference mask (1, I, J, K), integer label values, on the grid of the case's image."""
@@ -116,11 +124,17 @@ def evaluate_against(chosen: Reference, predictions: Path, *, out: Path) -> Eval
             code="NO_PREDICTIONS",
         )
     rows: list[Row] = []
+    told = told_of(predictions)
+    names = by_name(told.get("labels"), chosen.spec)
     for case in chosen.cases:
         refusal = _refusal(predictions, case.id)
         predicted = refusal or _read_prediction(paths[case.id], case.id)
+        if names is not None and isinstance(predicted, Volume):
+            predicted = names.translate(predicted, case.id)
         rows += _score_case(chosen, case, predicted)
-    provenance = {**chosen.provenance, **_provenance(predictions), "medseg": version("medseg")}
+    origin = {ours: str(told[key]) for key, ours in _PROVENANCE_KEYS.items() if key in told}
+    differing = {} if names is None else names.told
+    provenance = {**chosen.provenance, **origin, **differing, "medseg": version("medseg")}
     evaluation = make_evaluation(chosen.targets, rows, provenance)
     write_evaluation(evaluation, out)
     return evaluation
@@ -292,7 +306,10 @@ def _score_case(reference: Reference, case: Case, predicted: Volume | str) -> It
     counted = np.True_ if ignore is None else truth.array[0] != ignore
     in_mm = truth.unit == "mm" if reference.spec is None else reference.spec.unit == "mm"
     voxel = truth.voxel_volume / 1000 if in_mm else 1.0
+    known = reference.values_known(case)
     for target in reference.targets:
+        if not known >= set(target.values):
+            continue
         present = np.isin(truth.array[0], target.values)
         if isinstance(predicted, Volume):
             pair = Pair(np.isin(predicted.array[0], target.values) & counted, present, voxel)
@@ -318,13 +335,13 @@ def _require_values(mask: Volume, spec: Spec, case_id: str, what: str, allowed: 
         )
 
 
-def _provenance(predictions: Path) -> dict[str, str]:
-    """Return what predictions.json says about the model."""
+def told_of(predictions: Path) -> dict[str, Any]:
+    """Return what predictions.json says about the model; nothing where there is none."""
     path = predictions / PROVENANCE
     if not path.exists():
         return {}
     try:
-        told: Any = json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: this is not valid JSON ({error}); predict again", code="BAD_PROVENANCE") from error
-    return {ours: str(told[key]) for key, ours in _PROVENANCE_KEYS.items() if isinstance(told, dict) and key in told}
+    return told if isinstance(told, dict) else {}

@@ -16,7 +16,9 @@ from medseg.evaluation.evaluate import (
     find_prediction,
     load_reference,
     read_label_map,
+    told_of,
 )
+from medseg.evaluation.label_names import by_name
 from medseg.plots import three_planes_png
 from medseg.spec import Case
 from medseg.studies import read_study
@@ -58,7 +60,10 @@ def _draw(chosen: Reference, case: Case, predictions: Path, colours: Mapping[int
     path = find_prediction(predictions, case.id)
     predicted = None
     if path is not None:
-        predicted = _turned(align_prediction(read_label_map(path, case.id), truth, case.id), axes)
+        found = read_label_map(path, case.id)
+        names = by_name(told_of(predictions).get("labels"), chosen.spec)
+        found = found if names is None else names.translate(found, case.id)
+        predicted = _turned(align_prediction(found, truth, case.id), axes)
     shown = reorient(truth, axes)
     return three_planes_png(
         np.zeros(shown.shape) if image is None else _turned(image, axes),

@@ -14,6 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from medseg.config import Config
 from medseg.errors import MedsegError, SpecError
+from medseg.joined import dataset_of
 from medseg.spec import Case, Spec
 from medseg.studies import Study, read_study
 from medseg.volume import reorient
@@ -86,7 +87,8 @@ class CaseFacts(Config):
     Attributes
     ----------
     label_ml : label -> volume (mL; for pictures, kilopixels), labels that are absent left out.
-    origin : words of the header that name a kind of scanner (GROUPING), where there are any.
+    origin : words of the header that name a kind of scanner (GROUPING), where there are any, and (as "dataset") the
+        name of the dataset, where there are several.
     """
 
     label_ml: dict[str, float]
@@ -157,6 +159,7 @@ def _facts(spec: Spec, study: Study) -> _Facts:
     known = mask != spec.ignore if spec.ignore is not None else np.ones(mask.shape, bool)
     foreground = (mask > 0) & known
     counts = {name: int((mask == value).sum()) for name, value in spec.foreground.items()}
+    dataset = {"dataset": name} if (name := dataset_of(study.case)) else {}
     return _Facts(
         shape=image.shape,
         spacing=image.spacing,
@@ -164,7 +167,7 @@ def _facts(spec: Spec, study: Study) -> _Facts:
         label_ml={name: count * image.voxel_volume / 1000 for name, count in counts.items() if count},
         thickness=thickness(mask, image.spacing, spec.foreground, counts),
         annotated=float(known.mean()),
-        origin={word: study.image.meta[word] for word in GROUPING if word in study.image.meta},
+        origin={word: study.image.meta[word] for word in GROUPING if word in study.image.meta} | dataset,
     )
 
 

@@ -43,6 +43,7 @@ class Observed:
     signs : of its prediction.
     reference : what its true labels are like; those that are not there are left out.
     dice : label -> Dice of the final mask; labels that are neither there nor found are left out.
+    known : labels of which the reference tells whether they are there; None: all.
     """
 
     case: str
@@ -50,6 +51,7 @@ class Observed:
     signs: Signs
     reference: Shapes
     dice: dict[str, float]
+    known: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ def _fit_label(
     """
     truth = [case.reference.get(label) for case in cases]
     found = [case.signs.shapes.get(label) for case in cases]
-    always = all(row is not None for row in truth)
+    told = [case.known is None or label in case.known for case in cases]
+    always = any(told) and all(row is not None for row, tells in zip(truth, told, strict=True) if tells)
     known = [row for row in truth if row is not None]
     shape, far = None, np.full(len(cases), np.nan)
     if len(known) >= MIN_CASES:
@@ -203,7 +206,7 @@ def _fit_label(
     if len(rows) < MIN_CASES or len({groups[i] for i in rows}) < 3:
         return LabelQuality(always=always, shape=shape), far, ({}, {})
     dice = {i: cases[i].dice[label] for i in rows}
-    nothing = {i: 0.0 for i, case in enumerate(cases) if always and label not in case.signs.shapes}
+    nothing = {i: 0.0 for i, case in enumerate(cases) if always and told[i] and label not in case.signs.shapes}
     crossed = tuple(_cross_fit(table, dice, groups) | nothing for table in (rows, _volume_only(rows)))
     ridge = fit_ridge(list(rows.values()), list(dice.values()))
     typical = tidy(math.fsum(scored) / len(scored))

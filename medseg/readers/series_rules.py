@@ -38,6 +38,12 @@ Condition = str | float | Range
 """A regular expression; a number; or (lowest, highest), either of them None for no bound."""
 
 
+def modality_name(word: str) -> str:
+    """Return a modality by its DICOM name; "" for other words, which name sequences in models of nnU-Net's."""
+    word = ALIASES.get(word.upper(), word.upper())
+    return word if word in MODALITIES else ""
+
+
 @dataclass(frozen=True)
 class SeriesRule:
     """Which series is meant.

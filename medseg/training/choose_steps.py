@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -76,13 +76,18 @@ class StepTrial:
         self.dice: dict[str, list[NDArray[np.float64]]] = {label: [] for label in spec.foreground}
         self.complete = True
 
-    def add(self, predicted: Volume, reference: Volume) -> None:
-        """Try all on one case; both are (1, I, J, K) label values on one grid."""
+    def add(self, predicted: Volume, reference: Volume, labels: Collection[str] | None = None) -> None:
+        """Try all on one case; both are (1, I, J, K) label values on one grid.
+
+        `labels` are those that the reference tells of (all unless told).
+        """
         from scipy.ndimage import find_objects
 
         found, truth = predicted.array[0], reference.array[0]
         boxes = find_objects(found)
         for label, value in self.spec.foreground.items():
+            if labels is not None and label not in labels:
+                continue
             box = boxes[value - 1] if value <= len(boxes) else None
             total = int(np.count_nonzero(truth == value))
             if box is None and not total:

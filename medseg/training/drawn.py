@@ -42,7 +42,8 @@ def write_drawn(path: Path, spec: Spec, plan: Plan, cases: Sequence[Case], *, st
     """Write draws.csv, a row for each case and label: COLUMNS.
 
     Patches are counted as the network saw them, after augmentation. How often a case was drawn follows from the seed;
-    `seen` was counted. Where it is empty (a training begun by a version that did not count) its columns are, too.
+    `seen` was counted. Where it is empty (a training begun by a version that did not count) its columns are, too. Of a
+    case that stands several times in `cases` the rows are added up.
     """
     drawn, forced = tally(
         seed=plan.seed,
@@ -54,8 +55,11 @@ def write_drawn(path: Path, spec: Spec, plan: Plan, cases: Sequence[Case], *, st
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
+    places: dict[str, list[int]] = {}
     for number, case in enumerate(cases):
+        places.setdefault(case.id, []).append(number)
+    for name, own in places.items():
         for at, label in enumerate(spec.foreground):
-            counted = seen[number, at].tolist() if len(seen) else ["", ""]
-            writer.writerow([case.id, drawn[number], forced[number], label, *counted])
+            counted = seen[own, at].sum(0).tolist() if len(seen) else ["", ""]
+            writer.writerow([name, drawn[own].sum(), forced[own].sum(), label, *counted])
     write_text(path, text.getvalue())

@@ -27,6 +27,7 @@ from medseg.evaluation.table import make_evaluation, write_evaluation
 from medseg.exporters.nifti import write_nifti
 from medseg.files import write_atomically, write_json, write_text
 from medseg.inference.predict import Model, notes_for, predict_logits
+from medseg.joined import annotated
 from medseg.planning.plan import Plan
 from medseg.plots import colours_for, curves_png, three_planes_png
 from medseg.quality.model import QualityModel
@@ -35,7 +36,7 @@ from medseg.quality.shape import label_shapes
 from medseg.readers.nifti import read_nifti
 from medseg.spec import Case, Dataset, Spec
 from medseg.studies import read_study
-from medseg.targets import decode
+from medseg.targets import decode, known_channels
 from medseg.tracking import Tracker
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.drawn import write_drawn
@@ -204,13 +205,14 @@ class _Scored:
     predicting: float = 0.0
     trying: float = 0.0
 
-    def add(self, logits: Tensor, mask: Volume, reference: Volume, *, hurry: bool) -> None:
+    def add(self, case: Case, logits: Tensor, mask: Volume, reference: Volume, *, hurry: bool) -> None:
         """Learn from one case."""
-        self.sample.add(logits, reference)
+        spec = self.trial.spec
+        self.sample.add(logits, reference, known_channels(spec, case))
         began = time.monotonic()
         self.trial.complete &= not hurry or self.trying < TRYING_SECONDS + TRYING_SHARE * self.predicting
         if self.trial.complete:
-            self.trial.add(mask, reference)
+            self.trial.add(mask, reference, annotated(spec, case))
         self.trying += time.monotonic() - began
 
 
@@ -260,7 +262,7 @@ def _score_case(model: Model, case: Case, place: Path, scored: _Scored, *, hurry
     scored.predicting += time.monotonic() - began
     assert study.mask is not None, "cases without a mask do not learn"
     scored.seen.append(Seen(case, file, notes, label_shapes(study.mask, spec)))
-    scored.add(logits, mask, study.mask, hurry=hurry)
+    scored.add(case, logits, mask, study.mask, hurry=hurry)
 
 
 def _overlays(job: Job, run: Path, folder: Path) -> None:

@@ -1,19 +1,22 @@
 """Who learns and who validates: always whole patients, and the same ones whenever the data are the same.
 
-Folds are alike as far as the patients allow: labels, their volumes and the makers of the scanners are spread over them
-by the iterative stratification of Sechidis et al. (ECML PKDD 2011), which gives the rarest trait its place first.
+Folds are alike as far as the patients allow: labels, their volumes, the makers of the scanners and (where there are
+several) the datasets are spread over them by the iterative stratification of Sechidis et al. (ECML PKDD 2011), which
+gives the rarest trait its place first.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from medseg.errors import TrainingError
+from medseg.joined import dataset_of
 from medseg.planning.fingerprint import CaseFacts
 from medseg.spec import Case
 
@@ -23,7 +26,7 @@ MAX_VALIDATION_PATIENTS = 20
 
 @dataclass(frozen=True)
 class Fold:
-    """One training: cases to learn from and cases to validate on."""
+    """One training: cases to learn from (some several times, see `balanced`) and cases to validate on."""
 
     number: int
     train: tuple[Case, ...]
@@ -34,6 +37,8 @@ def make_folds(
     cases: Sequence[Case], *, folds: int | None, seed: int, facts: Mapping[str, CaseFacts] | None = None
 ) -> list[Fold]:
     """Split cases by patient into `folds` folds, or (None) into one with a tenth of the patients for validation.
+
+    Of several datasets that is a tenth of each, as far as it has two patients.
 
     Patients are ordered by a hash of seed and name, so that adding patients moves few others out of a single split.
 
@@ -58,8 +63,7 @@ def make_folds(
             code="TOO_FEW_PATIENTS",
         )
     if folds is None:
-        held = max(1, min(MAX_VALIDATION_PATIENTS, round(VALIDATION_SHARE * len(patients))))
-        groups = [set(patients[:held])]
+        groups = [_held(cases, patients)]
     elif found := traits(cases, facts or {}):
         groups = _stratified(patients, found, folds)
     else:
@@ -72,6 +76,35 @@ def make_folds(
         )
         for number, group in enumerate(groups)
     ]
+
+
+def _held(cases: Sequence[Case], patients: Sequence[str]) -> set[str]:
+    """Return the patients of a single split that validate; `patients` in the order in which they are taken."""
+    owners = {case.patient: dataset_of(case) for case in reversed(cases)}
+    names = dict.fromkeys(owners[patient] for patient in patients)
+    most = max(1, MAX_VALIDATION_PATIENTS // len(names))
+    held: set[str] = set()
+    for name in names:
+        own = [patient for patient in patients if owners[patient] == name]
+        if len(own) > 1 or len(names) == 1:
+            held |= set(own[: max(1, min(most, round(VALIDATION_SHARE * len(own))))])
+    return held or set(patients[:1])
+
+
+def repeats(cases: Sequence[Case]) -> dict[str, int]:
+    """Return dataset -> how often its cases stand in one pass over all: the root of how much smaller it is.
+
+    Between drawing cases alike, which lets a small dataset drown, and datasets alike, which learns its few cases by
+    heart. Nothing but {"": 1} for a single dataset.
+    """
+    sizes = Counter(dataset_of(case) for case in cases)
+    return {name: round(math.sqrt(max(sizes.values()) / size)) for name, size in sizes.items()}
+
+
+def balanced(fold: Fold) -> Fold:
+    """Return a fold whose training cases stand as often as `repeats` says."""
+    times = repeats(fold.train)
+    return replace(fold, train=tuple(case for case in fold.train for _ in range(times[dataset_of(case)])))
 
 
 def the_fold(folds: Sequence[Fold], number: int) -> Fold:

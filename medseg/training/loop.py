@@ -40,6 +40,7 @@ from medseg.training.pieces import backward
 from medseg.training.schedule import Schedule
 from medseg.training.start import StartWeights, begin
 from medseg.training.state import LoopState, load_state, mean_dice, save_state
+from medseg.training.unknown import known_in_batch, only_known
 
 CHECKPOINT_SECONDS = 30.0
 SAVING_SECONDS = 1.5
@@ -206,9 +207,10 @@ class Learner:
         if plan.dimensions == 2:
             images, masks = images[..., 0], masks[..., 0]
         target, valid = encode(self.job.spec, masks)
+        known = known_in_batch(self.job.spec, plan, self.job.train, state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = plan.learning_rate * factor
-        loss = self._gradient(images, target, valid)
+        loss = self._gradient(images, target, valid, known)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
         value, *voxels = added([float(loss), *self._in_batch(held)])
         value /= world().size
@@ -222,8 +224,11 @@ class Learner:
         self._count(np.array(voxels))
         refuse_explosion(plan, state.losses)
 
-    def _gradient(self, images: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Set the gradient of the loss and return the loss; in more pieces where the memory does not hold the batch."""
+    def _gradient(self, images: Tensor, target: Tensor, valid: Tensor, known: Tensor | None) -> Tensor:
+        """Set the gradient of the loss and return the loss; in more pieces where the memory does not hold the batch.
+
+        `known` : (whole batch, K), which channels the mask of each patch knows; None: all.
+        """
         plan, state = self.job.plan, self.state
 
         def levels(part: Tensor) -> list[Tensor]:
@@ -231,7 +236,9 @@ class Learner:
                 return self.levels(part.contiguous(memory_format=self.layout))
 
         def loss(found: list[Tensor]) -> Tensor:
-            return deep_supervision(self.loss, found, target, valid, exclusive(self.job.spec))
+            alone = exclusive(self.job.spec)
+            asked, wanted = (found, target) if known is None else only_known(found, target, known, alone)
+            return deep_supervision(self.loss, asked, wanted, valid, alone)
 
         while True:
             self.optimizer.zero_grad(set_to_none=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from medseg.bundle import Bundle
 from medseg.errors import PlanError
+from medseg.joined import dataset_of
 from medseg.planning.budget import LEAST_STEPS, duration, enough, learning_seconds
 from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.plan import Measured, NetworkPlan, Plan, Triple, override
@@ -16,7 +18,9 @@ from medseg.planning.planner import BATCH_VOXELS, PATCH_VOXELS, Draft, draft, na
 from medseg.spec import Dataset, Spec
 from medseg.training.assume import REASONS, assumed
 from medseg.training.calibrate import measure_network
+from medseg.training.folds import repeats
 from medseg.training.make_plan import make_plan
+from medseg.training.manifest import learning_cases
 from medseg.training.request import Request
 from medseg.training.start import as_started, channel_places
 
@@ -34,14 +38,28 @@ def plan_training(
     PlanError : the budget is too small; what is asked for does not go with the weights.
     """
     if start is None:
-        return make_plan(dataset, fingerprint, request, device)
+        plan, reasons = make_plan(dataset, fingerprint, request, device)
+        return plan, reasons | _balance(dataset)
     if request.network not in (None, start.info.plan.network.name):
         raise PlanError(
             f"--network {request.network}: the model given by --from is a {start.info.plan.network.name}, and its "
             "weights fit no other network; leave --network out"
         )
     plan, reasons = _plan_from(start, dataset, fingerprint, request, device)
-    return as_started(override(plan, request.settings), dataset.spec, start), reasons
+    return as_started(override(plan, request.settings), dataset.spec, start), reasons | _balance(dataset)
+
+
+def _balance(dataset: Dataset) -> dict[str, str]:
+    """Return why cases of several datasets are drawn as they are; nothing for one dataset."""
+    cases = learning_cases(dataset)
+    sizes = Counter(map(dataset_of, cases))
+    if len(sizes) < 2:
+        return {}
+    rows = [f"{name} {sizes[name]} (each {times}x in a pass)" for name, times in repeats(cases).items()]
+    return {
+        "dataset": f"Names in the specs. Cases to learn from: {', '.join(rows)}: the root of how much smaller a "
+        "dataset is, so that it neither drowns nor is learnt by heart."
+    }
 
 
 def _plan_from(

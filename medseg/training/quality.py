@@ -11,6 +11,7 @@ import numpy as np
 
 from medseg.bundle import PostStep
 from medseg.inference.postprocess import postprocess
+from medseg.joined import annotated
 from medseg.quality.fit import MIN_CASES, Fitted, Observed, fit_quality
 from medseg.quality.shape import Shapes
 from medseg.quality.signs import Notes
@@ -63,13 +64,14 @@ def _observed(one: Seen, spec: Spec, steps: Sequence[PostStep], dice: Mapping[st
     made = read_nifti(one.mask)
     mask = postprocess(made.with_array(made.array.astype(np.int32)), steps, spec)
     case = one.case
+    known = frozenset(annotated(spec, case))
     if steps:
         reference = read_study(spec, case).mask
         assert reference is not None, "cases without a mask do not learn"
-        scores = label_dice(mask, reference, spec)
+        scores = {label: value for label, value in label_dice(mask, reference, spec).items() if label in known}
     else:
         scores = {label: rows[case.id] for label, rows in dice.items() if case.id in rows}
-    return Observed(case.id, case.patient, one.notes.signs(mask), one.reference, scores)
+    return Observed(case.id, case.patient, one.notes.signs(mask), one.reference, scores, known)
 
 
 def label_dice(found: Volume, truth: Volume, spec: Spec) -> dict[str, float]:

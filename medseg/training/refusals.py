@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from medseg.display import Display
 from medseg.errors import SpecError, TrainingError
+from medseg.joined import JoinedCase, dataset_of
 from medseg.planning.budget import refuse_small_budget
 from medseg.planning.fingerprint import Fingerprint
 from medseg.spec import Case
-from medseg.training.folds import make_folds, the_fold
+from medseg.training.folds import make_folds, repeats, the_fold
 from medseg.training.loop import Job
 from medseg.training.request import Request
 
@@ -55,3 +56,12 @@ def say_absent_labels(display: Display, fingerprint: Fingerprint) -> None:
     absent = [label for label, cases in fingerprint.label_cases.items() if not cases]
     if absent:
         display.say(f"no training case holds {', '.join(absent)}: the model cannot learn what it has never seen")
+
+
+def say_datasets(display: Display, cases: Sequence[Case]) -> None:
+    """Say what is known of each of several datasets; nothing of one."""
+    times = repeats(cases)
+    for own in {case.own.name: case.own for case in cases if isinstance(case, JoinedCase)}.values():
+        count = sum(dataset_of(case) == own.name for case in cases)
+        more = f", each drawn {times[own.name]} times in a pass" if times[own.name] > 1 else ""
+        display.say(f"{own.name}: {count} training case(s) that annotate {', '.join(own.foreground)}{more}")

@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from medseg.device import best_device, repeatable
 from medseg.display import Display, clock
 from medseg.errors import ConfigError, PlanError, TrainingError
 from medseg.files import sweep, write_json
+from medseg.joining import load_datasets
 from medseg.losses import LOSSES
 from medseg.parallel import added, joined
 from medseg.planning.budget import duration
@@ -32,18 +34,19 @@ from medseg.planning.limits import refuse_large_patch
 from medseg.planning.plan import Plan, override, read_plan, write_plan
 from medseg.preparation.cache import CaseCache, prepare_cases
 from medseg.preparation.path import training_path, up_to_cache
-from medseg.spec import Case, Dataset, load_dataset
+from medseg.spec import Case, Dataset
 from medseg.tracking import Tracker, start
-from medseg.training.finish import FINISH_SECONDS, finish_run, scoring_factor, time_of_validation
-from medseg.training.folds import Fold, make_folds, refuse_leaks, the_fold
+from medseg.training.choose_schedule import choose_schedule
+from medseg.training.finish import FINISH_SECONDS, finish_run, time_of_validation
+from medseg.training.folds import Fold, balanced, make_folds, refuse_leaks, the_fold
 from medseg.training.loop import Job, fit
 from medseg.training.manifest import learning_cases, make_manifest
 from medseg.training.plan_from import plan_training
 from medseg.training.record import MANIFEST, complete_manifest, note_environment, recorded_threads
-from medseg.training.refusals import refuse_empty_training, refuse_too_few, say_absent_labels
-from medseg.training.replay import compared, record_of, told, warning
+from medseg.training.refusals import refuse_empty_training, refuse_too_few, say_absent_labels, say_datasets
+from medseg.training.replay import compared, told, warning
 from medseg.training.request import Request, complete, open_run, read_json
-from medseg.training.schedule import ByClock, ByRecord, BySteps, Followed, Schedule
+from medseg.training.schedule import Followed
 from medseg.training.start import as_started, choose_weights, image_digests, keep_start, kept_start, open_start
 from medseg.training.start_told import say_start
 from medseg.training.state import LoopState, job_digest, load_state
@@ -76,7 +79,7 @@ class TrainResult:
 
 
 def train(
-    dataset_path: Path,
+    datasets: Path | Sequence[Path],
     *,
     out: Path,
     request: Request,
@@ -86,10 +89,11 @@ def train(
     model_name: str | None = None,
     display: Display | None = None,
 ) -> TrainResult:
-    """Train on the training cases of a dataset and write a model that predicts.
+    """Train on the training cases of a dataset (or of several) and write a model that predicts.
 
     Parameters
     ----------
+    datasets : one, or several that are learnt together (see medseg.joining).
     out : run folder; an unfinished run of the same request in it is resumed, a finished one is returned.
     request : budget or steps, folds, seed, ...
     began : time.monotonic() at which the budget began (process start for the command line); now unless told.
@@ -102,11 +106,12 @@ def train(
     SpecError, TrainingError, PlanError : the data, the request or the run folder do not fit; the message says what.
     """
     request = complete(request)
+    paths = (datasets,) if isinstance(datasets, Path) else tuple(datasets)
     with joined() as place, repeatable(request.deterministic, threads=recorded_threads(out, request)):
         if place.rank:
-            return _follow(dataset_path, out=out, request=request, splits=splits)
+            return _follow(paths, out=out, request=request, splits=splits)
         return _lead(
-            dataset_path,
+            paths,
             out=out,
             request=request,
             splits=splits,
@@ -118,7 +123,7 @@ def train(
 
 
 def _lead(
-    dataset_path: Path,
+    paths: Sequence[Path],
     *,
     out: Path,
     request: Request,
@@ -131,11 +136,12 @@ def _lead(
     """Train as the first (or only) process, which decides and writes everything."""
     if re.search(r"[/:]", model_name or ""):
         raise ConfigError(f"--name {model_name}: the registry allows neither / nor : in the name of a model")
-    dataset = load_dataset(dataset_path, splits=splits)
+    dataset = load_datasets(paths, splits=splits)
     refuse_leaks(dataset.cases)
     cases = learning_cases(dataset)
     refuse_too_few(cases, request)
     with display:
+        say_datasets(display, cases)
         if left_out := len(dataset.select("train")) - len(cases):
             display.say(f"{left_out} training case(s) have no mask and are left out")
         manifest = make_manifest(dataset)
@@ -185,11 +191,11 @@ def _call_others(*, to_work: bool) -> bool:
     return added([to_work])[0] > 0
 
 
-def _follow(dataset_path: Path, *, out: Path, request: Request, splits: Path | None) -> TrainResult:
+def _follow(paths: Sequence[Path], *, out: Path, request: Request, splits: Path | None) -> TrainResult:
     """Take part in the training of the first process; nothing is decided and nothing written."""
     began = time.monotonic()
     if _call_others(to_work=False):
-        dataset = load_dataset(dataset_path, splits=splits)
+        dataset = load_datasets(paths, splits=splits)
         digest = make_manifest(dataset)["digest"]
         cases = learning_cases(dataset)
         work = _Work(dataset, cases, out, request, digest, began, Display(None), best_device())
@@ -291,7 +297,8 @@ class _Work:
 
     def _folds(self, seed: int) -> list[Fold]:
         """Return the folds to be trained."""
-        folds = make_folds(self.cases, folds=self.request.folds, seed=seed, facts=self._facts())
+        made = make_folds(self.cases, folds=self.request.folds, seed=seed, facts=self._facts())
+        folds = [balanced(fold) for fold in made]
         return folds if self.request.fold is None else [the_fold(folds, self.request.fold)]
 
     def _facts(self) -> dict[str, CaseFacts]:
@@ -345,7 +352,9 @@ class _Work:
                 earlier += states[-1].seconds
                 continue
             left = len(jobs) - number
-            schedule = _scheduler(self, job, scoring, left, earlier)
+            schedule = choose_schedule(
+                job, self.request, began=self.began, scoring=scoring, networks_left=left, earlier=earlier
+            )
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
             watch = Watch(self.display, tracker, job, number, len(jobs))
             states.append(watch.ended(fit(job, schedule, watch=watch)))
@@ -368,32 +377,3 @@ class _Work:
                 f"{duration(2 * spent + FINISH_SECONDS)} or more, and another --out",
                 code="BUDGET_TOO_SMALL",
             )
-
-
-def _scheduler(work: _Work, job: Job, scoring: float, left: int, earlier: float) -> Any:
-    """Return state -> Schedule: as recorded (replay), by the clock (budget) or by steps.
-
-    `scoring` is the expected time of one validation, `left` the number of networks still to be trained, `earlier` the
-    time that earlier processes of this run spent on networks that are finished.
-    """
-    plan, request = job.plan, work.request
-
-    def choose(state: LoopState) -> Schedule:
-        if request.replay is not None:
-            record = record_of(request.replay, job)
-            return ByRecord(record.factors, [row["step"] - 1 for row in record.validations])
-        if request.budget is None:
-            return BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
-        # what a resumed command used before it was killed counts as if it had been spent now
-        elapsed = time.monotonic() - work.began + earlier
-        remaining = request.budget - elapsed - state.seconds - FINISH_SECONDS
-        return ByClock(
-            max(0.0, remaining) / left + state.seconds,
-            spent=state.seconds,
-            validations=plan.validations,
-            warmup=plan.warmup,
-            scoring=scoring,
-            scorings=1 + scoring_factor(plan),
-        )
-
-    return choose

@@ -43,9 +43,11 @@ from medseg.evaluation.table import Evaluation, Row, make_evaluation
 from medseg.exporters.nifti import write_nifti
 from medseg.files import write_atomically, write_json, write_text
 from medseg.inference.predict import predict_logits
-from medseg.spec import Case, Dataset, Spec, load_dataset
+from medseg.joined import annotated
+from medseg.joining import load_datasets
+from medseg.spec import Case, Dataset, Spec
 from medseg.studies import Study, read_study
-from medseg.targets import decode, mean_logits
+from medseg.targets import decode, known_channels, mean_logits
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.ensembles import MARGIN, MIN_PATIENTS, Candidate, Choice, Repeated, choose, repeat
 from medseg.training.finished import DIFFER, Finished, open_runs
@@ -75,7 +77,7 @@ class Selection:
 
 
 def select_model(
-    dataset_path: Path,
+    datasets: Path | Sequence[Path],
     runs: Sequence[Path],
     *,
     out: Path,
@@ -86,7 +88,7 @@ def select_model(
 
     Parameters
     ----------
-    dataset_path, splits : that all runs learnt from.
+    datasets, splits : that all runs learnt from.
     runs : 2 to MOST finished run folders of `medseg train`.
     out : folder for the model and the tables; it predicts like a run.
 
@@ -100,11 +102,12 @@ def select_model(
     if (out / "6_model" / MODEL_FILE).exists():
         raise ConfigError(f"{out} holds a model already; choose another --out")
     found = open_runs(runs)
-    dataset = load_dataset(dataset_path, splits=splits)
+    paths = (datasets,) if isinstance(datasets, Path) else tuple(datasets)
+    dataset = load_datasets(paths, splits=splits)
     if make_manifest(dataset)["digest"] != found[0].data_digest:
         raise TrainingError(
-            f"{found[0].name} learnt from other data than {dataset_path} (with these splits) holds; give the dataset "
-            "and the --splits of its training",
+            f"{found[0].name} learnt from other data than {' '.join(map(str, paths))} (with these splits) holds; give "
+            "the dataset and the --splits of its training",
             code=DIFFER,
         )
     shutil.rmtree(out / "6_model", ignore_errors=True)  # of a command that was killed
@@ -190,8 +193,8 @@ class _Work:
             logits = mean_logits(self.spec, each)
             mask = study.image.with_array(decode(self.spec, logits).numpy())
             write_nifti(place / f"{case.id}.nii.gz", mask)
-            trial.add(mask, study.mask)
-            sample.add(logits, study.mask)
+            trial.add(mask, study.mask, annotated(self.spec, case))
+            sample.add(logits, study.mask, known_channels(self.spec, case))
         steps, evidence = trial.choose()
         members = []
         for number, run in enumerate(runs):
@@ -253,7 +256,7 @@ def dice_rows(spec: Spec, case: Case, study: Study, found: Any) -> list[Row]:
     truth, metric = reference.array[0], METRICS["dice"]
     counted = np.True_ if spec.ignore is None else truth != spec.ignore
     rows = []
-    for label, value in spec.foreground.items():
+    for label, value in annotated(spec, case).items():
         got = measure(metric, Pair((found[0] == value) & counted, truth == value, 1.0))
         rows.append(Row(case.id, case.patient, label, metric.id, metric.unit, got.value, got.status, got.reason))
     return rows

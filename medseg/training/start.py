@@ -24,7 +24,7 @@ from medseg.files import write_text
 from medseg.networks import build_network
 from medseg.networks.transplant import axes_of, transplant
 from medseg.planning.plan import Plan, Start
-from medseg.readers.series_rules import ALIASES, MODALITIES
+from medseg.readers.series_rules import modality_name
 from medseg.spec import Spec
 from medseg.targets import channel_names, exclusive
 from medseg.training.request import Request, read_json
@@ -98,16 +98,10 @@ def _channel_misfits(old: Spec, spec: Spec) -> list[str]:
     problems = []
     names = list(old.channels)
     for (name, channel), place in zip(spec.channels.items(), places, strict=True):
-        before, now = _modality(old.channels[names[place]].modality), _modality(channel.modality)
+        before, now = modality_name(old.channels[names[place]].modality), modality_name(channel.modality)
         if before and now and before != now:
             problems.append(f"channel {name}: it learnt from {before}, here it is {now}")
     return problems
-
-
-def _modality(word: str) -> str:
-    """Return a modality by its DICOM name; "" for other words, which models of nnU-Net's use for sequences."""
-    word = ALIASES.get(word.upper(), word.upper())
-    return word if word in MODALITIES else ""
 
 
 def channel_places(old: Spec, spec: Spec) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ found, widened by MARGIN_MM: outside of it a network is right and sure, which wo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from medseg.bundle import Calibration
 from medseg.spec import Spec
-from medseg.targets import channel_names, decode, encode, exclusive
+from medseg.targets import channel_names, decode, encode, exclusive, merge_unknown
 from medseg.volume import Volume
 
 MARGIN_MM = 10.0
@@ -42,32 +43,39 @@ class VoxelSample:
         self.share = max(1, min(MAX_VOXELS, MAX_VALUES // len(channel_names(spec))) // max(1, cases))
         self.logits: list[Tensor] = []
         self.targets: list[Tensor] = []
+        self.known: list[Tensor] = []
 
-    def add(self, logits: Tensor, reference: Volume) -> None:
-        """Draw voxels of one case: logits (K, I, J, K') and the reference (1, I, J, K') on one grid."""
+    def add(self, logits: Tensor, reference: Volume, known: Sequence[bool] | None = None) -> None:
+        """Draw voxels of one case: logits (K, I, J, K') and the reference (1, I, J, K') on one grid.
+
+        `known` tells of each channel whether the reference knows it (all unless told).
+        """
         truth = reference.array[0]
         box = _around(truth, decode(self.spec, logits).numpy()[0], reference, self.spec)
         values = torch.from_numpy(np.ascontiguousarray(truth[box]).astype(np.int32)).ravel()
-        known = np.arange(len(values)) if self.spec.ignore is None else np.flatnonzero(values != self.spec.ignore)
+        there = np.arange(len(values)) if self.spec.ignore is None else np.flatnonzero(values != self.spec.ignore)
         rng = np.random.default_rng((self.seed, 5, len(self.logits)))
-        drawn = torch.from_numpy(np.sort(rng.choice(known, min(self.share, len(known)), replace=False)))
+        drawn = torch.from_numpy(np.sort(rng.choice(there, min(self.share, len(there)), replace=False)))
         self.logits.append(logits[(slice(None), *box)].reshape(len(logits), -1)[:, drawn].float().T)
         target, _ = encode(self.spec, values[drawn].reshape(1, 1, -1, 1, 1))
         self.targets.append(target[0, :, :, 0, 0].T)
+        row = torch.tensor([True] * len(logits) if known is None else list(known))
+        self.known.append(row.expand(len(drawn), -1))
 
     def fit(self) -> Calibration | None:
         """Return the temperature with the lowest loss and what it changes; None for fewer than MIN_VOXELS."""
         if sum(map(len, self.logits)) < MIN_VOXELS:
             return None
         logits, targets = torch.cat(self.logits), torch.cat(self.targets)
-        alone = exclusive(self.spec)
-        found = best_temperature(logits, targets, alone)
+        alone, rows = exclusive(self.spec), torch.cat(self.known)
+        known = None if rows.all() else rows
+        found = best_temperature(logits, targets, alone, known)
         return Calibration(
             temperature=found,
-            ece_before=calibration_error(logits, targets, alone),
-            ece_after=calibration_error(logits / found, targets, alone),
-            nll_before=loss(logits, targets, alone),
-            nll_after=loss(logits / found, targets, alone),
+            ece_before=calibration_error(logits, targets, alone, known),
+            ece_after=calibration_error(logits / found, targets, alone, known),
+            nll_before=loss(logits, targets, alone, known),
+            nll_after=loss(logits / found, targets, alone, known),
             voxels=len(logits),
             cases=len(self.logits),
         )
@@ -86,24 +94,33 @@ def _around(truth: NDArray[np.generic], found: NDArray[np.generic], grid: Volume
     return tuple(box)
 
 
-def loss(logits: Tensor, targets: Tensor, alone: bool) -> float:
+def _asked(logits: Tensor, targets: Tensor, alone: bool, known: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what of (N, K) can be judged: unknown labels as background, or without unknown regions."""
+    if known is None:
+        return logits, targets
+    return (merge_unknown(logits, known, alone), targets) if alone else (logits[known], targets[known])
+
+
+def loss(logits: Tensor, targets: Tensor, alone: bool, known: Tensor | None = None) -> float:
     """Return the mean negative log-likelihood in nats of (N, K) logits; of regions, per voxel and region.
 
-    `alone`: whether classes exclude each other (softmax), else regions (sigmoid); targets are 0 or 1.
+    `alone`: whether classes exclude each other (softmax), else regions (sigmoid); targets are 0 or 1. `known`: which of
+    them the truth knows (all unless told).
     """
+    logits, targets = _asked(logits, targets, alone, known)
     if alone:
         return float(F.cross_entropy(logits, targets.argmax(1)))
     return float(F.binary_cross_entropy_with_logits(logits, targets))
 
 
-def best_temperature(logits: Tensor, targets: Tensor, alone: bool) -> float:
+def best_temperature(logits: Tensor, targets: Tensor, alone: bool, known: Tensor | None = None) -> float:
     """Return the temperature from LOWEST to HIGHEST with the lowest loss, by golden section on its logarithm.
 
     The loss is convex in 1 / temperature, so that there is one lowest point.
     """
 
     def at(x: float) -> float:
-        return loss(logits / math.exp(x), targets, alone)
+        return loss(logits / math.exp(x), targets, alone, known)
 
     low, high = math.log(LOWEST), math.log(HIGHEST)
     first, second = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
@@ -120,12 +137,13 @@ def best_temperature(logits: Tensor, targets: Tensor, alone: bool) -> float:
     return round(math.exp((low + high) / 2), 3)
 
 
-def calibration_error(logits: Tensor, targets: Tensor, alone: bool) -> float:
+def calibration_error(logits: Tensor, targets: Tensor, alone: bool, known: Tensor | None = None) -> float:
     """Return the expected calibration error: BINS bins of equal width of the probability of the winner.
 
     In each, the distance between the mean of that probability and the share of voxels in which the winner is right,
     weighted by its voxels. Of regions, each voxel and region is a decision between yes and no.
     """
+    logits, targets = _asked(logits, targets, alone, known)
     if alone:
         confidence, winner = logits.softmax(1).max(1)
         right = targets.gather(1, winner[:, None])[:, 0]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from medseg.training.choose_schedule import choose_schedule
 from medseg.training.finish import FINISH_SECONDS
-from medseg.training.run import _scheduler
 from medseg.training.schedule import ByClock
 from medseg.training.state import LoopState
 
@@ -27,9 +27,10 @@ from medseg.training.state import LoopState
 def test_the_share_of_a_fold(
     make_spec: Any, make_plan: Any, left: int, earlier: float, spent: float, expected: float
 ) -> None:
-    request = SimpleNamespace(budget=1000.0 + FINISH_SECONDS, replay=None)
-    work: Any = SimpleNamespace(request=request, began=time.monotonic() - 100)
+    request: Any = SimpleNamespace(budget=1000.0 + FINISH_SECONDS, replay=None)
+    began = time.monotonic() - 100
     job: Any = SimpleNamespace(plan=make_plan(make_spec()))
-    schedule = _scheduler(work, job, 0.0, left, earlier)(LoopState(seconds=spent))
+    schedule_of = choose_schedule(job, request, began=began, scoring=0.0, networks_left=left, earlier=earlier)
+    schedule = schedule_of(LoopState(seconds=spent))
     assert isinstance(schedule, ByClock)
     assert schedule.whole == pytest.approx(expected, abs=1)

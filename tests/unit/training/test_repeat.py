@@ -19,8 +19,8 @@ from medseg.display import Display
 from medseg.errors import TrainingError
 from medseg.files import file_digest
 from medseg.planning.plan import read_plan
+from medseg.training import choose_schedule as schedule_module
 from medseg.training import record, replay
-from medseg.training import run as run_module
 from medseg.training.assume import REASONS
 from medseg.training.schedule import ByClock
 from medseg.training.state import load_state, save_state
@@ -102,7 +102,7 @@ class Ticks:
 
 
 def test_a_budget_is_repeated_by_its_record(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "ByClock", partial(ByClock, clock=Ticks()))
+    monkeypatch.setattr(schedule_module, "ByClock", partial(ByClock, clock=Ticks()))
     said = StringIO()
     show = Display(Console(file=said, width=200))
     data = place / "data"

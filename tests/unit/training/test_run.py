@@ -28,6 +28,7 @@ from medseg.files import PARTIAL_PREFIX
 from medseg.inference.postprocess import postprocess
 from medseg.planning.plan import Measured, read_plan
 from medseg.readers import read_image
+from medseg.spec import Case
 from medseg.training import make_plan as make_plan_module
 from medseg.training.choose_steps import StepTrial
 from medseg.training.finish import TRYING_SECONDS, _Scored
@@ -293,7 +294,7 @@ def test_trying_post_processing_takes_a_share_of_a_budget_only(make_spec: Any, m
         for trying in (0.0, TRYING_SECONDS + 0.2):
             scored.trying, scored.predicting = trying, 1.0
             mask = Volume(np.ones((1, 4, 4, 4), np.uint8), np.eye(4))
-            scored.add(torch.zeros((2, 4, 4, 4)), mask, mask, hurry=hurry)
+            scored.add(Case("c", (), None, "p"), torch.zeros((2, 4, 4, 4)), mask, mask, hurry=hurry)
             found.append(scored.trial.complete)
         assert found == expected
 
