@@ -11,10 +11,15 @@ ROUND = 32
 """Voxels to whose multiple the largest image is rounded up: no planned network halves an axis more than five times."""
 
 
+MOST_VOXELS = 2**34
+"""Of a prepared image: 64 GiB a channel. The largest CT of a whole body at 0.5 mm has a quarter of that."""
+
+
 def refuse_large_patch(plan: Plan) -> None:
     """Raise PlanError (PATCH_TOO_LARGE) where a patch is more than twice as long as the largest image along an axis.
 
     A patch may be larger than an image (what lies outside is zero); far larger ones cost time and memory for nothing.
+    Also (PLAN) where the spacing is so fine that the largest image would have more than MOST_VOXELS voxels.
     """
     if plan.stored_axes:
         return
@@ -24,6 +29,12 @@ def refuse_large_patch(plan: Plan) -> None:
         axis = letters[letter]
         size = plan.fingerprint.shapes[-1][axis] * plan.fingerprint.spacings[-1][axis] / plan.spacing[place]
         largest.append(max(1, math.ceil(size - 1e-6)))
+    if math.prod(largest) > MOST_VOXELS:
+        raise PlanError(
+            f"spacing {list(plan.spacing)} is far finer than the images': the largest would have "
+            f"{'×'.join(map(str, largest))} voxels; it is in mm (of pictures in pixels), along the axes of "
+            f"{plan.orientation}"
+        )
     allowed = [ROUND * math.ceil(size / ROUND) for size in largest]
     if any(have > 2 * most for have, most in zip(plan.patch_size[: plan.dimensions], allowed, strict=False)):
         whole = [*allowed[: plan.dimensions], *[1] * (3 - plan.dimensions)]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medseg.errors import TrainingError
+from medseg.errors import ConfigError, TrainingError
 from medseg.files import file_digest, write_json
+from medseg.planning.plan import MOST_SEED
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Request:
     replay: Path | None = None
     deterministic: bool = False
     from_model: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a seed that torch does not take."""
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ConfigError(f"seed {self.seed}: a whole number from 0 to {MOST_SEED} is needed")
 
 
 def complete(request: Request) -> Request:

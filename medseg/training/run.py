@@ -180,8 +180,7 @@ def _lead(
             tracker.artifact(out / MANIFEST)
             if replay is not None:
                 display.say(told(replay))
-        steps = sum(state.step for state in states)
-        write_json(out / "done.json", {"steps": steps})
+        write_json(out / "done.json", {"steps": sum(state.step for state in states)})
         _call_others(to_work=False)
         return _result(out, began)
 

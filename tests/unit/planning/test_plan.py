@@ -100,6 +100,7 @@ def test_an_edited_file_is_checked_with_its_lines(tmp_path: Path, plan: Plan) ->
         ({"augmentation": {"scale": (0.0, 1.4)}}, "two numbers from 0.1 to 10"),
         ({"augmentation": {"scale": (-1.0, 1.0)}}, "two numbers from 0.1 to 10"),
         ({"augmentation": {"scale": (0.7, 1000.0)}}, "two numbers from 0.1 to 10"),
+        ({"normalisation": {"t1": {"scheme": "ct", "low": 5.0, "high": -5.0}}}, "low 5 is above high -5"),
         ({"seed": 2**63}, "less than or equal to"),
         ({"dimensions": 4}, "2 or 3"),
         ({"batch_size": 0}, "greater than or equal to 1"),

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from medseg import api
 from medseg.display import Display
-from medseg.errors import PlanError, SpecError, TrainingError
+from medseg.errors import ConfigError, PlanError, SpecError, TrainingError
 from medseg.planning.limits import refuse_large_patch
 from medseg.planning.plan import Measured
 from medseg.training import make_plan as make_plan_module
@@ -127,6 +127,20 @@ def test_a_patch_far_larger_than_the_images_is_refused(tmp_path: Path, tiny_data
             command(data, steps=1, settings=(*QUICK, "patch_size=[512,24,24]"))
         assert caught.value.code == "PATCH_TOO_LARGE"
     assert not (tmp_path / "run" / "3_plan.yaml").exists()
+
+
+def test_a_spacing_that_no_memory_holds_is_refused(make_spec: Make, make_plan: Make, make_fingerprint: Make) -> None:
+    """As of a plan edited by hand whose spacing is in metres."""
+    plan = make_plan(make_spec(), spacing=(0.001, 0.001, 0.002), fingerprint=make_fingerprint((20, 100, 400)))
+    with pytest.raises(PlanError, match=r"spacing \[0.001, 0.001, 0.002\] is far finer .*×.* voxels; it is in mm"):
+        refuse_large_patch(plan)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_does_not_take_is_refused(tmp_path: Path, seed: int) -> None:
+    for command in (api.plan, lambda *args, **options: api.train(*args, out=tmp_path / "run", **options)):
+        with pytest.raises(ConfigError, match=f"seed {seed}: a whole number from 0"):
+            command(tmp_path, steps=1, seed=seed)
 
 
 def test_a_patch_that_is_a_little_larger_learns(tmp_path: Path, tiny_dataset: Builder) -> None:
