@@ -197,6 +197,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     model: PathLike,
     out: PathLike,
     mirror: bool | None = None,
+    quality: str = "exact",
     cases: Literal["test", "train", "all"] | None = None,
     splits: PathLike | None = None,
     formats: Sequence[str] = (),
@@ -214,6 +215,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     Parameters
     ----------
     inputs : paths, or addresses of archives (``dicomweb://HOST:PORT/PATH?StudyDate=20260101-``).
+    quality : "exact" (as planned), "balanced" or "fast", see medseg.inference.presets; `mirror` comes first.
     formats : of the results, names of medseg.exporters.EXPORTERS (NIfTI, and for pictures their own kind, unless told);
         "seg" gives ``OUT/<id>.seg.dcm``.
     send : addresses of archives that get the results as DICOM.
@@ -236,6 +238,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     from medseg.batch.shards import Shard, parse_shard
     from medseg.bundle import open_bundle
     from medseg.inference.predict import ruled, unprocessed
+    from medseg.inference.presets import at_quality
     from medseg.pacs.address import is_address
     from medseg.pacs.predict import predict as predict_archives
     from medseg.readers.allowances import choose_allowances
@@ -248,7 +251,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         display.stage("predicting")
         bundle = open_bundle(Path(model))
         bundle = bundle if channels is None else ruled(bundle, Path(channels))
-        chosen = bundle if postprocess else unprocessed(bundle)
+        chosen = at_quality(bundle if postprocess else unprocessed(bundle), quality)
         options |= {"model": chosen, "out": Path(out), "progress": display.counted}
         if send or any(is_address(place) for place in inputs):
             return predict_archives(inputs, send=send, **options)

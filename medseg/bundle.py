@@ -112,6 +112,7 @@ class BundleInfo(Config):
     previous : digest of the first stage of a cascade, whose mask the networks are given beside the image.
     members : of an ensemble of configurations: their probabilities, each with its own temperature, are averaged.
     quality : what tells how good its masks are; None where there were too few cases, and in bundles of before.
+    preset : with which row of medseg.inference.presets it is used; only in memory it is anything but "exact".
     seen : file of weights -> the first digits of the SHA-256 of the images that it has learnt from, also before it was
         fine-tuned; empty where that is not known.
     """
@@ -131,6 +132,7 @@ class BundleInfo(Config):
     members: tuple[Member, ...] = ()
     quality: QualityModel | None = None
     seen: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    preset: str = "exact"
 
     @property
     def temperature(self) -> float:
@@ -151,6 +153,8 @@ class BundleInfo(Config):
             parts.append({"members": [member.digest for member in self.members]})
         if self.quality is not None:
             parts.append({"quality": self.quality.model_dump(mode="json")})
+        if self.preset != "exact":
+            parts.append({"preset": self.preset})
         return digest(parts)
 
     def _mirrored(self, mirror: bool | None) -> bool | str:
@@ -171,6 +175,7 @@ class BundleInfo(Config):
             "dataset_hash": self.dataset_digest,
             "software": f"medseg {self.versions['medseg']}",
             "tta": self._mirrored(mirror),
+            "quality": self.preset,
             "folds": len(self.weights) or sum(member.networks for member in self.members),
             "postprocess": "; ".join(map(str, self.postprocess)),
             "temperature": self.temperature,

@@ -23,6 +23,14 @@ class Cases(StrEnum):
     ALL = "all"
 
 
+class Quality(StrEnum):
+    """Rows of medseg.inference.presets.QUALITY, which is too heavy to import for a help text."""
+
+    FAST = "fast"
+    BALANCED = "balanced"
+    EXACT = "exact"
+
+
 Dataset = Annotated[Path, typer.Argument(help="Spec file, or folder with dataset.yaml, MSD or nnU-Net v2 layout.")]
 Datasets = Annotated[
     list[Path],
@@ -84,6 +92,9 @@ StatusOf = Annotated[
 ]
 Postprocess = Annotated[
     bool, typer.Option("--postprocess/--no-postprocess", help="Apply the steps that the model brings along.")
+]
+Preset = Annotated[
+    Quality, typer.Option(help="exact: as planned; balanced, fast: less overlap, no windows of air (streaming.md).")
 ]
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes that do studies; one that dies or hangs costs its study only.")

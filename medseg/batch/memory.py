@@ -22,12 +22,13 @@ Shape = tuple[int, int, int]
 def memory_text(studies: Sequence[StudyInput], info: BundleInfo, limit: int) -> str:
     """Return what the prediction of the largest image is expected to take within `limit` bytes, for a person."""
     from medseg.inference.memory import Case, forecast
+    from medseg.inference.presets import QUALITY
 
     grids = [grid for grid in map(_grid, studies) if grid is not None]
     if not grids or info.members:
         return "memory: not known before the images are read"
     shape, affine, itemsize = max(grids, key=lambda grid: math.prod(grid[0]))
-    case = Case(shape, affine, itemsize, info.plan, info.spec)
+    case = Case(shape, affine, itemsize, info.plan, info.spec, QUALITY[info.preset])
     try:
         need = forecast(case, networks=len(info.weights), limit=limit)
     except BatchError as error:

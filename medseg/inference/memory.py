@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from medseg.bundle import make_network
 from medseg.errors import BatchError
 from medseg.inference.labels import BLOCK, PAIRS
+from medseg.inference.presets import EXACT, Preset
 from medseg.inference.way_back import Lines, ways_back
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
@@ -82,13 +83,14 @@ class Need:
 
 @dataclass(frozen=True)
 class Case:
-    """What the need of an image depends on: its grid, channels of how many bytes a voxel, plan and spec."""
+    """What the need of an image depends on: its grid, channels of how many bytes a voxel, plan, spec and preset."""
 
     shape: tuple[int, int, int]
     affine: Affine
     itemsize: int
     plan: Plan
     spec: Spec
+    preset: Preset = EXACT
 
 
 def forecast(case: Case, *, networks: int = 1, held: int | None = None, limit: int | None = None) -> Need:
@@ -103,7 +105,7 @@ def forecast(case: Case, *, networks: int = 1, held: int | None = None, limit: i
     BatchError : MAX_MEMORY: the smallest tiles take more than `limit`.
     """
     plan, size = case.plan, target_size(case.shape, case.affine, case.plan)
-    where = layout(size.after, plan)
+    where = layout(size.after, plan, case.preset)
     lines = ways_back((Resampled(size.before, size.nearest),), where)
     network = network_bytes(case, where.deep)
     need = _need(case, where, lines, (1, 1), network)

@@ -14,9 +14,11 @@ from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
 from medseg.channels import with_rules
 from medseg.device import best_device
 from medseg.errors import BundleError
+from medseg.inference.air import air_limits, skipping_air
 from medseg.inference.labels import Key, paint
 from medseg.inference.memory import Case, Tile, forecast, tiles_of
 from medseg.inference.postprocess import postprocess, require_steps
+from medseg.inference.presets import EXACT, QUALITY, Preset, in_parts
 from medseg.inference.sliding_window import joined, mirrorings, planes, window_logits
 from medseg.inference.way_back import seen, ways_back
 from medseg.inference.windows import Layout, layout
@@ -36,6 +38,7 @@ class Model:
     ----------
     previous : the first stage of a cascade.
     members : the models of an ensemble, which has no networks of its own.
+    preset : what is given up for speed.
     """
 
     bundle: Bundle
@@ -43,6 +46,7 @@ class Model:
     device: torch.device
     previous: Model | None = None
     members: tuple[Model, ...] = ()
+    preset: Preset = EXACT
 
 
 def load_model(model: Path | Bundle, *, device: torch.device | None = None, info: BundleInfo | None = None) -> Model:
@@ -68,10 +72,11 @@ def load_model(model: Path | Bundle, *, device: torch.device | None = None, info
 
 
 def _loaded(bundle: Bundle, device: torch.device) -> Model:
-    bundle = usable(bundle)
+    bundle = in_parts(usable(bundle))
     previous = None if bundle.previous is None else _loaded(bundle.previous, device)
     members = tuple(_loaded(member, device) for member in bundle.members)
-    return Model(bundle, [network.to(device) for network in load_networks(bundle)], device, previous, members)
+    networks = [network.to(device) for network in load_networks(bundle)]
+    return Model(bundle, networks, device, previous, members, QUALITY[bundle.info.preset])
 
 
 def usable(model: Path | Bundle) -> Bundle:
@@ -193,7 +198,7 @@ def predict_volume(
         tiles = forecast(case_of(model, image), held=max(0, held), limit=max_memory).tiles
     prepared, steps = _prepared(model, image, mirror, notes, max_memory)
     mask = np.zeros((1, *image.shape), label_type(info.spec))
-    where = layout(prepared.shape[1:], info.plan)
+    where = layout(prepared.shape[1:], info.plan, model.preset)
     view = seen(mask[0], steps, where)
     visited: set[tuple[int, ...]] = set()
     for tile, lines, (rows, columns) in tiles_of(ways_back(steps, where), tiles):
@@ -233,7 +238,7 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None, n
         return ensemble_logits(model.members, image, mirror=mirror)
     info = model.bundle.info
     prepared, steps = _prepared(model, image, mirror, notes)
-    where = layout(prepared.shape[1:], info.plan)
+    where = layout(prepared.shape[1:], info.plan, model.preset)
     logits = joined((plane.cpu() for plane in _planes(model, prepared, where, mirror, notes)), where)
     return restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
 
@@ -241,7 +246,7 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None, n
 def case_of(model: Model, image: Volume) -> Case:
     """Return what the memory of a prediction depends on."""
     info = model.bundle.info
-    return Case(image.shape, image.affine, image.array.itemsize, info.plan, info.spec)
+    return Case(image.shape, image.affine, image.array.itemsize, info.plan, info.spec, model.preset)
 
 
 def resident() -> int:
@@ -296,6 +301,9 @@ def _planes(
     noting = quiet
     if notes is not None:
         noting = window_logits(model.networks, plan, mirror=mirror, witness=notes.witness)
+    if model.preset.air:
+        limits, background = air_limits(prepared), background_logits(model.bundle.info.spec).to(prepared.device)
+        quiet, noting = (skipping_air(each, limits, background) for each in (quiet, noting))
     for plane in planes(prepared, noting, where, tile=tile, again=quiet, visited=visited):
         if not torch.isfinite(plane).all():
             raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from medseg.inference.presets import EXACT, LONGEST, Preset
 from medseg.planning.plan import Plan, Triple
 
-LARGEST = 1.5
-"""Axes up to this many patches long are predicted in one window."""
 SLICES = 8
 """Slices of a 2-D network that are predicted together."""
 PEAK = 10.0
@@ -75,10 +74,13 @@ class Layout:
         return F.pad(image, pads) if any(pads) else image
 
 
-def layout(shape: Sequence[int], plan: Plan) -> Layout:
-    """Return the windows of a plan over a prepared image of size `shape` (I, J, K)."""
+def layout(shape: Sequence[int], plan: Plan, preset: Preset = EXACT) -> Layout:
+    """Return the windows of a plan over a prepared image of size `shape` (I, J, K).
+
+    The overlap is the plan's: a preset has changed it already (medseg.inference.presets.at_quality).
+    """
     image = _triple(shape)
-    window = plan.patch_size if plan.nnunet is not None else window_size(image, plan)
+    window = window_size(image, plan, preset)
     padded = _triple([max(n, w) for n, w in zip(image, window, strict=True)])
     before = _triple([(p - n) // 2 for p, n in zip(padded, image, strict=True)])
     find = window_starts if plan.nnunet is not None else dense_starts
@@ -88,12 +90,19 @@ def layout(shape: Sequence[int], plan: Plan) -> Layout:
     return Layout(image, padded, before, window, (i, j, k), _weights(window, plan))
 
 
-def window_size(shape: Sequence[int], plan: Plan) -> Triple:
+def window_size(shape: Sequence[int], plan: Plan, preset: Preset = EXACT) -> Triple:
     """Return the window: the patch, but along an axis that is hardly longer than it the whole axis.
 
-    A convolutional network takes any size, and one window of 1.4 patches costs less than two that overlap.
+    A convolutional network takes any size, and one window of 1.4 patches costs less than two that overlap. Models of
+    nnU-Net's have its windows unless the preset says otherwise.
     """
-    return _triple([n if 1 < p < n <= LARGEST * p else p for n, p in zip(shape, plan.patch_size, strict=True)])
+    longest = preset.longest or (LONGEST if plan.nnunet is None else 1.0)
+    window = [n if 1 < p < n <= longest * p else p for n, p in zip(shape, plan.patch_size, strict=True)]
+    while math.prod(window) > preset.room * math.prod(plan.patch_size):
+        # The axis that grows most gains least: it is the nearest to needing a second window anyway.
+        axis = max(range(3), key=lambda each: window[each] / plan.patch_size[each])
+        window[axis] = plan.patch_size[axis]
+    return _triple(window)
 
 
 def window_starts(size: int, window: int, step: float) -> list[int]:

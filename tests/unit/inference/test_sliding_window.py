@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from medseg.inference.presets import LONGEST
 from medseg.inference.sliding_window import slide, window_logits
-from medseg.inference.windows import LARGEST, window_size
+from medseg.inference.windows import window_size
 from medseg.planning.plan import Plan
 
 Make = Callable[..., Any]
@@ -63,9 +64,9 @@ def test_window_is_the_patch_or_the_whole_of_a_short_axis(
 ) -> None:
     plan = make_plan(make_spec(), patch_size=patch)
     for n, p, w in zip(shape, patch, window_size(shape, plan), strict=True):
-        assert p <= w <= LARGEST * p
-        assert w == (n if 1 < p < n <= LARGEST * p else p)
-        assert w >= n or n > LARGEST * p or p == 1
+        assert p <= w <= LONGEST * p
+        assert w == (n if 1 < p < n <= LONGEST * p else p)
+        assert w >= n or n > LONGEST * p or p == 1
 
 
 def test_short_axes_need_one_window(plan: Callable[..., Plan]) -> None:
