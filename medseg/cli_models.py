@@ -89,6 +89,9 @@ def select_models(
     dataset: Dataset,
     runs: Annotated[list[Path], typer.Argument(help="2 to 5 finished runs of the same data, --folds and --seed.")],
     out: Annotated[Path, typer.Option(help="Folder for the chosen model and the tables.")],
+    also: Annotated[
+        list[Path] | None, typer.Option(help="Further datasets, where the runs learnt from several.")
+    ] = None,
     splits: Splits = None,
     json: Json = False,
 ) -> None:
@@ -98,7 +101,7 @@ def select_models(
     """
     from medseg.training.select import select_model
 
-    found = select_model(dataset, runs, out=out, splits=splits, display=display(json))
+    found = select_model([dataset, *(also or ())], runs, out=out, splits=splits, display=display(json))
     if json:
         typer.echo((out / "7_report" / "selection.json").read_text(encoding="utf-8"), nl=False)
         return

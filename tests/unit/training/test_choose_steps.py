@@ -166,3 +166,11 @@ def test_a_spec_without_volumes_tries_no_size(make_spec: Make, make_fingerprint:
     spec: Spec = make_spec(labels={"rare": 3})
     found = make_fingerprint(labels=("rare",)).model_copy(update={"label_ml": {"rare": 0.0}})
     assert [str(step) for step in StepTrial(spec, found).removals["rare"]] == ["largest_component of rare"]
+
+
+def test_labels_that_the_reference_does_not_tell_of_are_not_tried(make_spec: Any, make_fingerprint: Any) -> None:
+    spec = make_spec({"a": 1, "b": 2})
+    trial = StepTrial(spec, make_fingerprint(labels=("a", "b")))
+    found = Volume(np.array([[[[1, 2]]]], np.uint8), np.eye(4))
+    trial.add(found, found, {"a"})
+    assert {label: len(rows) for label, rows in trial.dice.items()} == {"a": 1, "b": 0}

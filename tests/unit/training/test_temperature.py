@@ -154,3 +154,22 @@ def test_empty_references_and_too_few_voxels(make_spec: Make) -> None:
     sample.add(logits, Volume(np.zeros((1, 9, 9, 9), np.uint8), np.eye(4)))
     assert MIN_VOXELS > 9**3
     assert sample.fit() is None
+
+
+def test_unknown_labels_are_judged_as_background() -> None:
+    """Where the truth knows no label 2, a voxel called background is right if background or 2 is found."""
+    logits = torch.tensor([[0.0, -9.0, 9.0], [9.0, -9.0, 0.0], [-9.0, 9.0, -9.0]]).repeat(50, 1)
+    targets = F.one_hot(torch.tensor([0, 0, 1]), 3).float().repeat(50, 1)
+    known = torch.tensor([[True, True, False]]).expand(150, -1)
+    assert loss(logits, targets, True, known) < 1e-3 < 1 < loss(logits, targets, True)
+    assert calibration_error(logits, targets, True, known) < 1e-3
+
+
+def test_unknown_regions_are_not_judged() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(90, 2, generator=generator)
+    targets = (torch.rand(90, 2, generator=generator) < 0.5).float()
+    known = torch.tensor([[True, False]]).expand(90, -1)
+    assert loss(logits, targets, False, known) == pytest.approx(loss(logits[:, :1], targets[:, :1], False))
+    alone = calibration_error(logits[:, :1], targets[:, :1], False)
+    assert calibration_error(logits, targets, False, known) == pytest.approx(alone)
