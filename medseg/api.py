@@ -237,10 +237,9 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     from medseg.batch.run import predict as predict_files
     from medseg.batch.shards import Shard, parse_shard
     from medseg.bundle import open_bundle
-    from medseg.inference.predict import ruled, unprocessed
+    from medseg.inference.chosen import ruled, unprocessed
     from medseg.inference.presets import at_quality
     from medseg.pacs.address import is_address
-    from medseg.pacs.predict import predict as predict_archives
     from medseg.readers.allowances import choose_allowances
     from medseg.sizes import size
 
@@ -254,6 +253,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         chosen = at_quality(bundle if postprocess else unprocessed(bundle), quality)
         options |= {"model": chosen, "out": Path(out), "progress": display.counted}
         if send or any(is_address(place) for place in inputs):
+            from medseg.pacs.predict import predict as predict_archives
+
             return predict_archives(inputs, send=send, **options)
         options["workers"] = Workers(workers) if isinstance(workers, int) else workers
         options.pop("progress")
@@ -361,7 +362,8 @@ def listen(config: PathLike, *, stop: Event | None = None) -> None:
     from threading import Event
 
     from medseg.bundle import open_bundle
-    from medseg.inference.predict import load_model, ruled
+    from medseg.inference.chosen import ruled
+    from medseg.inference.predict import load_model
     from medseg.pacs import need
     from medseg.pacs.listen import listen as run
     from medseg.pacs.settings import load_settings

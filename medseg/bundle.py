@@ -17,21 +17,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from pydantic import Field, ValidationError
-from torch import Tensor, nn
 
 from medseg.config import Config
 from medseg.errors import BundleError, ConfigError
 from medseg.files import digest, file_digest, write_atomically, write_text
-from medseg.networks import build_network
 from medseg.nnunet import Foreign, is_nnunet, read_nnunet
 from medseg.planning.plan import Plan
 from medseg.quality.model import QualityModel
 from medseg.spec import Spec, spec_digest
-from medseg.targets import channel_names
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 BUNDLE_FORMAT = 1
 MODEL_FILE = "model.json"
@@ -248,6 +247,8 @@ def _save_opened(folder: Path, bundle: Bundle, precision: str) -> Bundle:
 
 
 def _weights_writer(tensors: dict[str, Tensor]) -> Callable[[Path], None]:
+    import safetensors.torch
+
     # Not save_file: where the disk is full it raises no OSError.
     content = safetensors.torch.save(tensors)
 
@@ -320,6 +321,8 @@ def _open_part(folder: Path, expected: str, what: str) -> Bundle:
 
 
 def _of_nnunet(folder: Path, model: Foreign) -> Bundle:
+    import safetensors.torch
+
     previous = None if model.previous is None else _of_nnunet(folder, model.previous)
     states = {f"{name}.safetensors": _contiguous(state) for name, state in model.weights.items()}
     info = BundleInfo(
@@ -347,6 +350,8 @@ def load_networks(bundle: Bundle) -> list[nn.Module]:
     ------
     BundleError : the weights are not those of the network that the plan describes.
     """
+    import safetensors
+
     networks = []
     for name in sorted(bundle.info.weights):
         network = make_network(bundle.info.spec, bundle.info.plan)
@@ -361,6 +366,8 @@ def load_networks(bundle: Bundle) -> list[nn.Module]:
 
 def read_weights(bundle: Bundle, name: str) -> Mapping[str, Tensor]:
     """Return one of the weights files of an opened bundle; raise safetensors.SafetensorError if it is none."""
+    import safetensors.torch
+
     if bundle.states is not None:
         return bundle.states[name]
     found: dict[str, Tensor] = safetensors.torch.load_file(bundle.folder / name)
@@ -369,6 +376,9 @@ def read_weights(bundle: Bundle, name: str) -> Mapping[str, Tensor]:
 
 def make_network(spec: Spec, plan: Plan) -> nn.Module:
     """Return the network of a plan, freshly initialised."""
+    from medseg.networks import build_network
+    from medseg.targets import channel_names
+
     former = spec.foreground if plan.nnunet is not None and plan.nnunet.previous is not None else ()
     return build_network(
         plan.network.name,

@@ -30,6 +30,10 @@ _MIB = 1 << 20
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * _MIB), "MALLOC_TRIM_THRESHOLD_": str(64 * _MIB)}
 """For glibc: what is freed goes back to the system, so that a worker's peak is what it holds, and not what it held."""
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""For libgomp, which torch brings: threads that wait for each other sleep. Unless told they spin, and where others use
+the processors, too, they spin away the time of the very thread that they wait for."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -73,7 +77,8 @@ class Child:
             return
         self._end()
         listen, self._lifeline = os.pipe()
-        environment = {**ALLOCATOR, **os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        environment = {**ALLOCATOR, **WAITING, **os.environ, "PYTHONPATH": path}
         if self._threads:
             environment.setdefault("OMP_NUM_THREADS", str(self._threads))
         quiet = None if os.environ.get("MEDSEG_DEBUG") else subprocess.DEVNULL

@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medseg.batch.attempt import Outcome
 from medseg.batch.disk import require_room
 from medseg.batch.dispatch import Dispatch
 from medseg.batch.engines import Engine, Workers, started
-from medseg.batch.here import Here
 from medseg.batch.inputs import Choice, opened_inputs
 from medseg.batch.job import Settings, recipe
 from medseg.batch.ledger import Entry
@@ -27,8 +27,11 @@ from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
 from medseg.exporters import choose_formats
 from medseg.files import legible, sweep, write_json, write_text
-from medseg.inference.predict import Model, load_model, usable
+from medseg.inference.chosen import usable
 from medseg.readers.allowances import Allowance
+
+if TYPE_CHECKING:
+    from medseg.inference.predict import Model
 
 PROVENANCE = "predictions.json"
 
@@ -135,12 +138,16 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
 def _engine(model: Path | Bundle | Model, workers: Workers | None) -> Iterator[tuple[Bundle, Engine]]:
     """Open the model, and start who works with it."""
     if workers is None:
-        loaded = model if isinstance(model, Model) else load_model(model)
+        # Only where this process predicts: torch would take 300 MiB from beside the workers.
+        from medseg.batch.here import Here
+        from medseg.inference.predict import load_model
+
+        loaded = load_model(model) if isinstance(model, Path | Bundle) else model
         with closing(Here(loaded)) as engine:
             yield loaded.bundle, engine
     else:
         with started(workers) as engine:
-            yield usable(model.bundle if isinstance(model, Model) else model), engine
+            yield usable(model if isinstance(model, Path | Bundle) else model.bundle), engine
 
 
 @contextmanager

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
-from medseg.channels import with_rules
 from medseg.device import best_device
 from medseg.errors import BundleError
 from medseg.inference.air import air_limits, skipping_air
+from medseg.inference.chosen import usable
 from medseg.inference.labels import Key, paint
 from medseg.inference.memory import Case, Tile, forecast, tiles_of
-from medseg.inference.postprocess import postprocess, require_steps
+from medseg.inference.postprocess import postprocess
 from medseg.inference.presets import EXACT, QUALITY, Preset, in_parts
 from medseg.inference.sliding_window import joined, mirrorings, planes, window_logits
 from medseg.inference.way_back import seen, ways_back
@@ -55,7 +55,7 @@ def load_model(model: Path | Bundle, *, device: torch.device | None = None, info
     Parameters
     ----------
     device : the GPU if there is one, unless told.
-    info : what the bundle is used as, where that is not what it says itself (see `ruled`).
+    info : what the bundle is used as, where that is not what it says itself (see medseg.inference.chosen).
 
     Raises
     ------
@@ -77,34 +77,6 @@ def _loaded(bundle: Bundle, device: torch.device) -> Model:
     members = tuple(_loaded(member, device) for member in bundle.members)
     networks = [network.to(device) for network in load_networks(bundle)]
     return Model(bundle, networks, device, previous, members, QUALITY[bundle.info.preset])
-
-
-def usable(model: Path | Bundle) -> Bundle:
-    """Open a bundle (unless it is open) and check that all it asks for is known here; raises as `load_model`."""
-    bundle = model if isinstance(model, Bundle) else open_bundle(model)
-    require_steps(bundle.info.postprocess, bundle.info.spec)
-    return bundle
-
-
-def ruled(bundle: Bundle, file: Path) -> Bundle:
-    """Return a bundle that finds its channels in DICOM studies by the rules of a YAML file; it has another digest.
-
-    Raises
-    ------
-    SpecError : as `medseg.channels.with_rules`.
-    """
-    info = bundle.info.model_copy(update={"spec": with_rules(bundle.info.spec, file)})
-    return replace(bundle, info=info)
-
-
-def unprocessed(bundle: Bundle) -> Bundle:
-    """Return a bundle that leaves its masks as the network made them; it has another digest if that differs.
-
-    Its quality estimate is of post-processed masks, so that it goes with the steps.
-    """
-    if not bundle.info.postprocess:
-        return bundle
-    return replace(bundle, info=bundle.info.model_copy(update={"postprocess": (), "quality": None}))
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ Source: dynamic_network_architectures (architectures/unet.py, building_blocks/).
 from __future__ import annotations
 
 import re
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from medseg.errors import BundleError
 from medseg.planning.plan import NetworkPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
 """Class that is read -> where it says how much each stage of its encoder holds."""

@@ -6,17 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from medseg.errors import BundleError, MedsegError
 from medseg.nnunet.architecture import our_weights
-from medseg.nnunet.checkpoint import Checkpoint, read_checkpoint
 from medseg.nnunet.plans import Json, make_plan, make_spec, resolved
 from medseg.planning.plan import Plan
 from medseg.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medseg.nnunet.checkpoint import Checkpoint
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 """In the order in which they are taken."""
@@ -71,6 +74,8 @@ def read_nnunet(folder: Path, *, folds: Sequence[str] = ()) -> Foreign:
 def _read(folder: Path, folds: Sequence[str]) -> Foreign:
     plans, dataset = _json(folder / "plans.json"), _json(folder / "dataset.json")
     files = {fold: _checkpoint(folder, fold) for fold in folds or _folds(folder)}
+    from medseg.nnunet.checkpoint import read_checkpoint
+
     found = {fold: read_checkpoint(file) for fold, file in files.items()}
     first = _same(found)
     configuration = resolved(plans, first.configuration)

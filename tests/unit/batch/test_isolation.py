@@ -201,3 +201,33 @@ def test_a_worker_ends_with_who_started_it(
     gone, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     assert len(gone) == len(workers)
+
+
+@pytest.mark.parametrize("quality", ["exact", "fast"])
+def test_who_guards_workers_never_loads_torch(model: Path, tmp_path: Path, quality: str) -> None:
+    """It would be 300 MiB beside the workers, for nothing."""
+    image, out = model.parent / "data" / "images" / "c0.nii.gz", tmp_path / "out"
+    code = (
+        "import sys; from medseg import api\n"
+        f"done = api.predict({str(image)!r}, model={str(model)!r}, out={str(out)!r}, workers=1, quality={quality!r})\n"
+        "assert done.complete\n"
+        "sys.exit(str({'torch', 'monai'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stderr.strip() == ""
+    assert (out / "c0.nii.gz").exists()
+
+
+@pytest.mark.parametrize("told", ["", "ACTIVE"])
+def test_threads_of_a_worker_sleep_while_they_wait_unless_told(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    if told:
+        monkeypatch.setenv("OMP_WAIT_POLICY", told)
+    else:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    child = Child(Limits())
+    child.start()
+    try:
+        assert child._process is not None
+        assert psutil.Process(child._process.pid).environ()["OMP_WAIT_POLICY"] == (told or "PASSIVE")
+    finally:
+        child.close()

@@ -19,8 +19,9 @@ from scipy import ndimage
 from medseg.bundle import Bundle, BundleInfo, Calibration, PostStep, open_bundle, save_bundle
 from medseg.errors import BundleError
 from medseg.files import digest
+from medseg.inference.chosen import unprocessed
 from medseg.inference.postprocess import POSTPROCESS, Grid, grid_of, postprocess, require_steps
-from medseg.inference.predict import load_model, predict_logits, predict_soft, predict_volume, unprocessed
+from medseg.inference.predict import load_model, predict_logits, predict_soft, predict_volume
 from medseg.spec import Spec, spec_digest
 from medseg.volume import Volume, reorient
 

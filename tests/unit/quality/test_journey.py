@@ -15,7 +15,8 @@ from medseg import api
 from medseg.bundle import BundleInfo, open_bundle
 from medseg.exporters.nifti import write_nifti
 from medseg.files import file_digest
-from medseg.inference.predict import load_model, predict_case, predict_soft, predict_volume, unprocessed
+from medseg.inference.chosen import unprocessed
+from medseg.inference.predict import load_model, predict_case, predict_soft, predict_volume
 from medseg.phantom.degrade import DEGRADATIONS
 from medseg.planning.plan import override, read_plan, write_plan
 from medseg.quality.apply import image_numbers
