@@ -119,7 +119,7 @@ def test_a_run_is_told_before_it_begins(tmp_path: Any, case: Callable[..., Case]
     file = tmp_path / "a.nii.gz"
     tiny.save(file, np.zeros((30, 20, 10), np.int16))
     study = SimpleNamespace(series=None, refusal=None, images=(file,))
-    info = SimpleNamespace(plan=found.plan, spec=found.spec, weights={"a": ""}, members=())
+    info = SimpleNamespace(plan=found.plan, spec=found.spec, weights={"a": ""}, members=(), preset="exact")
     text = memory_text([study], info, 1 << 40)
     assert "the largest image (30×20×10) needs about" in text
     assert "allows 1.0 KiB" in memory_text([study], info, 1024)
