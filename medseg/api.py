@@ -266,11 +266,11 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
 
 
 def import_model(folder: PathLike, *, out: PathLike, folds: Sequence[str] = (), precision: str = "fp32") -> BundleInfo:
-    """Make a bundle in `out` of a model folder of nnU-Net v2 (TRAINER__PLANS__CONFIGURATION).
+    """Make a bundle in `out` of a model folder of nnU-Net v2 (TRAINER__PLANS__CONFIGURATION) or of a MONAI bundle.
 
     Parameters
     ----------
-    folds : "0", "1", ... or "all"; unless told, every numbered fold, or `all` where there is no other.
+    folds : of nnU-Net's, "0", "1", ... or "all"; unless told, every numbered fold, or `all` where there is no other.
     precision : arithmetic of the network, "fp32" or "bf16".
 
     Raises

@@ -5,7 +5,7 @@ fold_<k>.safetensors     weights of one network (safetensors: no code can hide i
 previous/                of a cascade: the bundle of its first stage
 member_<n>/              of an ensemble of configurations: the bundle of one of them
 
-A folder of a model that nnU-Net v2 trained is opened like a bundle, and `import_bundle` makes it one.
+A folder of a model that nnU-Net v2 trained, or a MONAI bundle, is opened like a bundle; `import_bundle` makes it one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 from medseg.config import Config
 from medseg.errors import BundleError, ConfigError
 from medseg.files import digest, file_digest, write_atomically, write_text
+from medseg.monai_bundles import is_monai, read_monai
 from medseg.nnunet import Foreign, is_nnunet, read_nnunet
 from medseg.planning.plan import Plan
 from medseg.quality.model import QualityModel
@@ -219,7 +220,7 @@ def save_bundle(folder: Path, info: BundleInfo, weights: dict[str, dict[str, Ten
 
 
 def import_bundle(source: Path, out: Path, *, folds: Sequence[str] = (), precision: str = "fp32") -> Bundle:
-    """Make a bundle in `out` of a model of nnU-Net v2; in fp32 it has the digest that the model has where it lies.
+    """Make a bundle in `out` of a model of nnU-Net v2 or a MONAI bundle; in fp32 its digest is that of the source.
 
     Raises
     ------
@@ -230,9 +231,10 @@ def import_bundle(source: Path, out: Path, *, folds: Sequence[str] = (), precisi
         raise ConfigError(f"{out} holds a bundle already; choose another --out")
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision {precision}: allowed are fp32 and bf16")
-    if not is_nnunet(source):
+    if not is_nnunet(source) and not is_monai(source):
         raise BundleError(
-            f"{source}: no model of nnU-Net v2: plans.json, dataset.json and a folder fold_* are expected"
+            f"{source}: no model of nnU-Net v2 (plans.json, dataset.json and a folder fold_* are expected) and no "
+            "MONAI bundle (configs/inference.json)"
         )
     return _save_opened(out, open_bundle(source, folds=folds), precision)
 
@@ -267,13 +269,13 @@ def find_bundle(path: Path) -> Path:
     unfinished = " (its training has not finished: run the same medseg train command again)"
     hint = unfinished if (path / "3_plan.yaml").exists() else ""
     raise BundleError(
-        f"{path}: {what}{hint}; give a run folder of medseg train or its 6_model folder, or a folder "
-        "TRAINER__PLANS__CONFIGURATION of nnU-Net v2"
+        f"{path}: {what}{hint}; give a run folder of medseg train or its 6_model folder, a folder "
+        "TRAINER__PLANS__CONFIGURATION of nnU-Net v2, or a MONAI bundle"
     )
 
 
 def open_bundle(path: Path, *, folds: Sequence[str] = ()) -> Bundle:
-    """Read a bundle and compare every hash before any weight is parsed; or read a model of nnU-Net v2.
+    """Read a bundle, every hash compared before any weight is parsed; or a model of nnU-Net v2; or a MONAI bundle.
 
     Parameters
     ----------
@@ -284,7 +286,9 @@ def open_bundle(path: Path, *, folds: Sequence[str] = ()) -> Bundle:
     BundleError : no bundle, unknown format, or a file that is missing or damaged.
     """
     if is_nnunet(path):
-        return _of_nnunet(path, read_nnunet(path, folds=folds))
+        return _of_foreign(path, read_nnunet(path, folds=folds))
+    if is_monai(path) and not folds:
+        return _of_foreign(path, read_monai(path))
     if folds:
         raise BundleError(f"{path}: folds are chosen from a model folder of nnU-Net v2, and this is none")
     folder = find_bundle(path)
@@ -320,10 +324,10 @@ def _open_part(folder: Path, expected: str, what: str) -> Bundle:
     return part
 
 
-def _of_nnunet(folder: Path, model: Foreign) -> Bundle:
+def _of_foreign(folder: Path, model: Foreign) -> Bundle:
     import safetensors.torch
 
-    previous = None if model.previous is None else _of_nnunet(folder, model.previous)
+    previous = None if model.previous is None else _of_foreign(folder, model.previous)
     states = {f"{name}.safetensors": _contiguous(state) for name, state in model.weights.items()}
     info = BundleInfo(
         format=BUNDLE_FORMAT,

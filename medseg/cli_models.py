@@ -39,12 +39,12 @@ def list_models(
 
 @models.command("import")
 def import_model(
-    folder: Annotated[Path, typer.Argument(help="TRAINER__PLANS__CONFIGURATION of nnU-Net v2.")],
+    folder: Annotated[Path, typer.Argument(help="TRAINER__PLANS__CONFIGURATION of nnU-Net v2, or MONAI bundle.")],
     out: Annotated[Path, typer.Option(help="Folder for the bundle; it must not hold one yet.")],
     fold: Annotated[list[str] | None, typer.Option(help="Only this fold: 0, 1, ... or all; repeat for more.")] = None,
     precision: Annotated[str, typer.Option(help="Arithmetic of the network: fp32 or bf16.")] = "fp32",
 ) -> None:
-    """Make a bundle of a model that nnU-Net v2 trained (docs/how-to/nnunet-models.md).
+    """Make a bundle of a model of nnU-Net v2, or of a MONAI bundle (docs/how-to/exchange-models.md).
 
     Example: medseg models import nnUNet_results/Dataset005_Body/nnUNetTrainer__nnUNetPlans__3d_fullres --out body
     """
@@ -57,7 +57,7 @@ def import_model(
 
 @models.command("export")
 def export_model(
-    model: Annotated[Path, typer.Argument(help="Run folder, bundle, or model of nnU-Net v2.")],
+    model: Annotated[Path, typer.Argument(help="Run folder, bundle, model of nnU-Net v2, or MONAI bundle.")],
     to: Annotated[str, typer.Option(help="torch (a program of torch.export), onnx or monai (a bundle).")],
     out: Annotated[Path, typer.Option(help="File .pt2 or .onnx, or a folder; it must not exist yet.")],
     check: Annotated[

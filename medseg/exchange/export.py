@@ -15,8 +15,7 @@ from medseg.bundle import Bundle, load_networks, open_bundle
 from medseg.errors import ConfigError, ExportError
 from medseg.exchange.monai_bundle import unsupported, write_bundle
 from medseg.exchange.program import Agreement, Window, export_network, window_of
-from medseg.preparation.path import prediction_path
-from medseg.preparation.preprocess import as_meta_tensor
+from medseg.preparation.prepare import prepare
 from medseg.studies import read_channels
 from medseg.targets import channel_names, exclusive
 
@@ -132,6 +131,7 @@ def describe(bundle: Bundle, window: Window) -> dict[str, Any]:
         "normalisation": {name: row.model_dump(mode="json") for name, row in plan.normalisation.items()},
         "overlap": plan.overlap,
         "mirror_axes": list(plan.augmentation.mirror_axes) if plan.test_mirroring else [],
+        "monai": None if plan.monai is None else plan.monai.model_dump(mode="json"),
         "nnunet": None if plan.nnunet is None else plan.nnunet.model_dump(mode="json"),
         "window": list(window.size),
         "multiple_of": list(window.steps),
@@ -145,7 +145,7 @@ def _patch(bundle: Bundle, window: Window, check: tuple[Path, ...]) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
         return torch.randn((1, len(info.spec.channels), *window.size), generator=generator)
     image = read_channels(info.spec, check)
-    prepared = prediction_path(info.plan)({"image": as_meta_tensor(image).float()})["image"].as_tensor()
+    prepared = prepare(image, info.plan).image
     if info.plan.dimensions == 2:
         prepared = prepared[..., prepared.shape[-1] // 2]
     for axis, size in enumerate(window.size, start=1):

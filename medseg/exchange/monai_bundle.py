@@ -200,6 +200,8 @@ def inference_config(bundle: Bundle) -> Json:
 def _preparation(plan: Plan) -> list[Json]:
     if plan.nnunet is not None:
         raise unsupported("how nnU-Net resamples (splines, coarse slices apart)")
+    if plan.monai is not None:
+        raise unsupported("what was imported from a MONAI bundle: use that one")
     return [
         {"_target_": "LoadImaged", "keys": "image", "image_only": True},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},

@@ -27,7 +27,6 @@ from medseg.inference.way_back import Lines, ways_back
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
 from medseg.preparation.prepare import SLAB, target_size
-from medseg.preparation.steps import Resampled
 from medseg.sizes import said
 from medseg.spec import Spec
 from medseg.targets import channel_names, label_type
@@ -106,7 +105,7 @@ def forecast(case: Case, *, networks: int = 1, held: int | None = None, limit: i
     """
     plan, size = case.plan, target_size(case.shape, case.affine, case.plan)
     where = layout(size.after, plan, case.preset)
-    lines = ways_back((Resampled(size.before, size.nearest),), where)
+    lines = ways_back((size.step,), where)
     network = network_bytes(case, where.deep)
     need = _need(case, where, lines, (1, 1), network)
     need = replace(need, held=held if held is not None else LIBRARIES + networks * weights_bytes(case))
@@ -151,6 +150,7 @@ def _need(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
     copies = (where.padded != where.shape) + (former > 0)
     at_once = math.ceil(max(1, lines[0].after / lines[0].before))
     block = min(classes * plane, max(BLOCK, plane))
+    chances = classes if case.plan.monai is not None and case.plan.monai.softmax else 0
     window = math.prod(where.deep)
     mixing = min(PAIRS, fine * classes) * 160 if any(line.mixes for line in lines) else 0
     return Need(
@@ -159,7 +159,7 @@ def _need(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
         prepared=prepared + copies * math.prod(where.padded) * FLOAT * channels,
         mask=mask * (1 + (former > 0)),
         slab=(classes + 1) * deep * plane * FLOAT,
-        planes=(3 * classes + 8) * plane * FLOAT + 3 * block * FLOAT,
+        planes=(3 * classes + chances + 8) * plane * FLOAT + 3 * block * FLOAT,
         window=network + 4 * classes * window * FLOAT,
         painting=fine * (8 * FLOAT + 4 * at_once) + mixing,
         preparing=3 * min(SLAB, voxels * FLOAT) + _between(case, where) + former * voxels * 8,

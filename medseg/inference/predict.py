@@ -22,6 +22,7 @@ from medseg.inference.presets import EXACT, QUALITY, Preset, in_parts
 from medseg.inference.sliding_window import joined, mirrorings, planes, window_logits
 from medseg.inference.way_back import seen, ways_back
 from medseg.inference.windows import Layout, layout
+from medseg.planning.plan import Plan
 from medseg.preparation.prepare import prepare
 from medseg.preparation.steps import Step, restore
 from medseg.quality.apply import Quality, estimate
@@ -50,7 +51,7 @@ class Model:
 
 
 def load_model(model: Path | Bundle, *, device: torch.device | None = None, info: BundleInfo | None = None) -> Model:
-    """Open a run folder, a model of nnU-Net v2 or a bundle (unless it is open); put its networks on the device.
+    """Open a run folder, a foreign model or a bundle (unless it is open); put its networks on the device.
 
     Parameters
     ----------
@@ -193,10 +194,10 @@ def predict_soft(
         beside the logits of the same size, on the grid of the image. They are the network's, with the temperature of
         the bundle: post-processing does not change them.
     """
-    logits = predict_logits(model, image, mirror=mirror, notes=notes)
     info = model.bundle.info
-    soft = probabilities(info.spec, logits, temperature=info.temperature)
-    mask = image.with_array(decode(info.spec, logits).numpy())
+    found = _restored(model, image, mirror, notes)
+    mask = image.with_array(decode(info.spec, found).numpy())
+    soft = probabilities(info.spec, _as_logits(model, found), temperature=info.temperature)
     return postprocess(mask, info.postprocess, info.spec), image.with_array(soft.numpy())
 
 
@@ -206,6 +207,19 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None, n
 
     Those of an ensemble stand for the mean of its members' probabilities (see `medseg.targets.mean_logits`).
     """
+    return _as_logits(model, _restored(model, image, mirror, notes))
+
+
+def _as_logits(model: Model, found: Tensor) -> Tensor:
+    """Return logits whose softmax is `found` where these are probabilities; they are brought back as the plan says."""
+    return found.clamp(min=torch.finfo(found.dtype).tiny).log() if _soft_planes(model.bundle.info.plan) else found
+
+
+def _soft_planes(plan: Plan) -> bool:
+    return plan.monai is not None and plan.monai.softmax
+
+
+def _restored(model: Model, image: Volume, mirror: bool | None, notes: Notes | None) -> Tensor:
     if model.members:
         return ensemble_logits(model.members, image, mirror=mirror)
     info = model.bundle.info
@@ -263,7 +277,7 @@ def _planes(
     tile: Tile | None = None,
     visited: set[tuple[int, ...]] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the planes of logits; raises as `predict_volume`.
+    """Yield the planes of logits, or of probabilities where the plan says so; raises as `predict_volume`.
 
     `visited` are windows that were predicted already, for another tile: they are noted once.
     """
@@ -279,7 +293,7 @@ def _planes(
     for plane in planes(prepared, noting, where, tile=tile, again=quiet, visited=visited):
         if not torch.isfinite(plane).all():
             raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
-        yield plane
+        yield plane.softmax(0) if _soft_planes(plan) else plane
 
 
 def ensemble_logits(members: Sequence[Model], image: Volume, *, mirror: bool | None = None) -> Tensor:

@@ -94,8 +94,11 @@ def window_size(shape: Sequence[int], plan: Plan, preset: Preset = EXACT) -> Tri
     """Return the window: the patch, but along an axis that is hardly longer than it the whole axis.
 
     A convolutional network takes any size, and one window of 1.4 patches costs less than two that overlap. Models of
-    nnU-Net's have its windows unless the preset says otherwise.
+    nnU-Net's have its windows unless the preset says otherwise; those of MONAI bundles, whose networks need not take
+    another size, always have theirs.
     """
+    if plan.monai is not None:
+        return plan.patch_size
     longest = preset.longest or (LONGEST if plan.nnunet is None else 1.0)
     window = [n if 1 < p < n <= longest * p else p for n, p in zip(shape, plan.patch_size, strict=True)]
     while math.prod(window) > preset.room * math.prod(plan.patch_size):
@@ -119,6 +122,8 @@ def dense_starts(size: int, window: int, step: float) -> list[int]:
 
 
 def _weights(window: Triple, plan: Plan) -> Tensor:
+    if plan.monai is not None and plan.monai.window == "constant":
+        return torch.ones(window)
     if plan.nnunet is None:
         return gaussian(window)
     return importance(window[:2])[..., None] if window[2] == 1 else importance(window)

@@ -96,6 +96,7 @@ NETWORKS: Registry[Kind] = Registry(
         "vnet": Kind(monai_nets.vnet, _default),
         "segresnet": Kind(monai_nets.segresnet, _width),
         "mednext": Kind(monai_nets.mednext, _width),
+        "monai": Kind(monai_nets.of_bundle, _default),
         "swin_unetr": Kind(monai_nets.swin_unetr, lambda options: {"width": 12 * max(1, options["features"][0] // 12)}),
     },
 )

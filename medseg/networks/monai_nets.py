@@ -162,3 +162,28 @@ def swin_unetr(*, spatial_dims: int, in_channels: int, out_channels: int, width:
     """SwinUNETR (Hatamizadeh et al. 2022, arXiv 2201.01266); `width` is a multiple of 12."""
     sizes = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
     return _adapted("SwinUNETR", (32,) * spatial_dims, _one, **sizes, feature_size=width)
+
+
+READ = (
+    "UNet",
+    "BasicUNet",
+    "DynUNet",
+    "SegResNet",
+    "SegResNetDS",
+    "AttentionUnet",
+    "VNet",
+    "UNETR",
+    "SwinUNETR",
+    "MedNeXt",
+)
+"""Classes that a MONAI bundle may name: they answer with one tensor in evaluation mode, and fetch nothing."""
+
+
+def of_bundle(
+    *, spatial_dims: int, in_channels: int, out_channels: int, target: str, arguments: dict[str, Any]
+) -> nn.Module:
+    """One of MONAI's networks as a bundle of MONAI's names it; its windows have sizes that it takes."""
+    if target not in READ:
+        raise ValueError(f"{target} is none of {', '.join(READ)}")
+    sizes = {"spatial_dims": spatial_dims, "in_channels": in_channels, "out_channels": out_channels}
+    return _adapted(target, (1,) * spatial_dims, _one, **sizes, **arguments)

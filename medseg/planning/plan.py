@@ -33,12 +33,13 @@ class Normalise(Config):
     """How one channel's intensities are brought to mean 0 and standard deviation 1, or into another range.
 
     scheme "zscore": by the image's own mean and deviation; "zscore_content": by those of its content (what is not 0 in
-    every channel, holes filled), and nothing else is changed; "ct": clipped to [low, high] HU, then by `mean` and
+    every channel, holes filled), and nothing else is changed; "zscore_nonzero": the same with what is not 0 in the
+    channel itself; "ct": clipped to [low, high] HU, then by `mean` and
     `deviation` of the dataset's foreground; "range": from 0 at the image's smallest value to 1 at its largest; "bytes":
     divided by 255; "none": left as they are.
     """
 
-    scheme: Literal["zscore", "zscore_content", "ct", "range", "bytes", "none"]
+    scheme: Literal["zscore", "zscore_content", "zscore_nonzero", "ct", "range", "bytes", "none"]
     low: float = 0.0
     high: float = 0.0
     mean: float = 0.0
@@ -116,6 +117,24 @@ class NnUNet(Config):
     previous: Interpolation | None = None
 
 
+class Monai(Config):
+    """What is done as a bundle of MONAI's says and not as medseg does, in the plan of such a model.
+
+    Nothing is cropped, and windows have the very size of the patch.
+
+    Attributes
+    ----------
+    resample : whether voxels are brought to the very `spacing`, the centre of the first one staying where it is
+        (Spacingd without scale_extent); else they are taken as they are.
+    window : how much the voxels of a window count: all alike, or by a Gaussian.
+    softmax : whether probabilities are brought back to the grid of the image, not logits.
+    """
+
+    resample: bool
+    window: Literal["constant", "gaussian"]
+    softmax: bool
+
+
 class Start(Config):
     """With what weights a training begins, where it does not begin with random ones (fine-tuning).
 
@@ -166,6 +185,7 @@ class Plan(Config):
     measured: Measured | None = None
     fingerprint: Fingerprint
     nnunet: NnUNet | None = None
+    monai: Monai | None = None
     start: Start | None = None
 
     @model_validator(mode="after")
@@ -199,7 +219,7 @@ class Plan(Config):
     @model_serializer(mode="wrap")
     def _without_empty_section(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out sections that say nothing: plans from before there were any keep their digest."""
-        late = ("nnunet", "start")
+        late = ("nnunet", "monai", "start")
         return {key: value for key, value in values(self).items() if key not in late or value is not None}
 
     @property
@@ -215,7 +235,7 @@ class Plan(Config):
     @property
     def preparation(self) -> dict[str, Any]:
         """What the deterministic part of the preparation depends on, the order of the channels included."""
-        chosen = self.model_dump(mode="json", include={"orientation", "spacing", "normalisation", "nnunet"})
+        chosen = self.model_dump(mode="json", include={"orientation", "spacing", "normalisation", "nnunet", "monai"})
         return {**chosen, "channels": list(self.normalisation)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,12 @@ def linear_line(before: int, after: int) -> Line:
     """Return linear interpolation over the same extent: centres at half steps, constant beyond the outer ones."""
     if before == after:
         return _chosen(before, np.arange(before))
-    places = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0.0)
+    return placed_line(before, (np.arange(after) + 0.5) * (before / after) - 0.5)
+
+
+def placed_line(before: int, places: NDArray[np.floating[Any]]) -> Line:
+    """Return linear interpolation at `places`, in voxels of an axis of size `before`; constant beyond its ends."""
+    places = np.maximum(places, 0.0)
     lower = np.minimum(places.astype(np.int64), before - 1)
     upper = np.minimum(lower + 1, before - 1)
     weight = np.where(upper > lower, places - lower, 0.0).astype(np.float32)

@@ -6,6 +6,7 @@ from typing import Any
 
 from monai.transforms import Compose, Transform
 
+from medseg.errors import PlanError
 from medseg.planning.plan import Plan
 from medseg.preparation.cache import CaseCache
 from medseg.preparation.preprocess import (
@@ -21,7 +22,14 @@ from medseg.spec import Spec
 
 
 def geometry_and_intensity(plan: Plan) -> list[Transform]:
-    """Return the steps that training and prediction share."""
+    """Return the steps that training and prediction share.
+
+    Raises
+    ------
+    PlanError : the plan is that of a MONAI bundle, by which `medseg.preparation.prepare` prepares: nothing is trained.
+    """
+    if plan.monai is not None:
+        raise PlanError("this is the plan of a MONAI bundle: it predicts, and does not say how to train")
     normalise = NormaliseIntensity(tuple(plan.normalisation.values()))
     if plan.nnunet is not None:
         target = (*plan.spacing[:2], None if plan.dimensions == 2 else plan.spacing[2])

@@ -19,16 +19,27 @@ from scipy import ndimage
 from torch import Tensor
 
 from medseg.errors import BundleError
-from medseg.planning.plan import Interpolation, Normalise, Plan
-from medseg.preparation.interpolate import along, linear_line
+from medseg.planning.plan import Interpolation, Normalise, Plan, Spacing
+from medseg.preparation.interpolate import Line, along
 from medseg.preparation.splines import coarse_axis, header_spacing, resize_labels, spline_along
-from medseg.preparation.steps import Cropped, Oriented, Resampled, Shape, Step, flips_to, resampled_size, resize_linear
+from medseg.preparation.steps import (
+    Cropped,
+    Oriented,
+    Resampled,
+    Shape,
+    Step,
+    flips_to,
+    lines_there,
+    resampled_size,
+    resize_linear,
+)
 from medseg.volume import Affine, Flips, Volume
 
 SLAB = 1 << 24
 """Bytes in single precision of the part of a channel that is worked on at once."""
 Array = NDArray[Any]
 Statistics = tuple[float, float]
+WHOLE = (slice(None), slice(None), slice(None))
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ def prepare(image: Volume, plan: Plan, previous: Volume | None = None) -> Prepar
     """Orient, crop, resample and normalise an image, and the mask of a first stage with it.
 
     Peak memory: the result, one slab (64 MiB), and where both in-plane sizes stay as they are, nothing more; content
-    masks (scheme "zscore_content") take a few bytes a voxel.
+    masks (schemes "zscore_content" and "zscore_nonzero") take a few bytes a voxel.
 
     Raises
     ------
@@ -62,7 +73,7 @@ def prepare(image: Volume, plan: Plan, previous: Volume | None = None) -> Prepar
     flips = flips_to(image.affine, plan.orientation)
     affine = image.affine @ orientations.inv_ornt_aff(flips, image.shape)
     source = turned(image.array, flips)
-    box = content_box(source)
+    box = content_box(source) if plan.monai is None else WHOLE
     steps: tuple[Step, ...] = (Oriented(tuple((float(a), float(b)) for a, b in flips)), _cropped(box, source.shape[1:]))
     source = source[(slice(None), *box)]
     before = None if previous is None else turned(previous.array, flips)[(slice(None), *box)]
@@ -70,14 +81,16 @@ def prepare(image: Volume, plan: Plan, previous: Volume | None = None) -> Prepar
     shape = _triple(source.shape[1:])
     have = _spacing(np.linalg.norm(affine[:3, :3], axis=0))
     size = target_size(image.shape, image.affine, plan, shape)
-    steps = (*steps, Resampled(shape, size.nearest))
+    steps = (*steps, size.step)
     if plan.nnunet is None:
-        image_out = _trilinear(source, size.after)
+        image_out = _trilinear(source, lines_there(size.step, size.after))
         labels = None if before is None else resize_linear(torch.from_numpy(before.copy()), size.after, labels=True)[0]
         content = _content(image_out.numpy(), None if labels is None else labels[None].numpy(), rows)
         for channel, row in zip(image_out, rows, strict=True):
-            _normalise(channel, row, _statistics(channel.numpy(), row, content), content)
-        return Prepared(image_out, labels, _scaled(have, shape, size.after), steps)
+            inside = _inside(channel.numpy(), row, content)
+            _normalise(channel, row, _statistics(channel.numpy(), row, inside), inside)
+        spacing = _scaled(have, shape, size.after) if size.apart is None else plan.spacing
+        return Prepared(image_out, labels, spacing, steps)
     content = _content(source, before, rows)
     coarse = coarse_axis(plan.nnunet.image, size.have, size.want)
     channels = []
@@ -101,6 +114,7 @@ class Target:
     before, after : size before (oriented and cropped) and after.
     have, want : spacing before and after.
     nearest : the axis along which logits take the nearest slice on the way back.
+    apart : old voxels between new ones, where the first ones share their centre.
     """
 
     before: Shape
@@ -108,6 +122,12 @@ class Target:
     have: list[float]
     want: list[float]
     nearest: int | None
+    apart: tuple[float, float, float] | None = None
+
+    @property
+    def step(self) -> Resampled:
+        """What is done, for the way back."""
+        return Resampled(self.before, self.nearest, self.apart)
 
 
 def target_size(whole: Shape, affine: Affine, plan: Plan, cropped: Shape | None = None) -> Target:
@@ -118,6 +138,8 @@ def target_size(whole: Shape, affine: Affine, plan: Plan, cropped: Shape | None 
     before = cropped or _triple([whole[axis] for axis in order])
     if plan.nnunet is None:
         have = _spacing(np.linalg.norm(turned_affine[:3, :3], axis=0))
+        if plan.monai is not None:
+            return _from_first(before, have, plan.spacing if plan.monai.resample else have)
         return Target(before, resampled_size(before, have, plan.spacing), list(have), list(plan.spacing), None)
     told = header_spacing(turned_affine)
     target = (*plan.spacing[:2], None if plan.dimensions == 2 else plan.spacing[2])
@@ -125,6 +147,15 @@ def target_size(whole: Shape, affine: Affine, plan: Plan, cropped: Shape | None 
     after = _triple([max(1, round(h / w * n)) for h, w, n in zip(told, want, before, strict=True)])
     back = coarse_axis(plan.nnunet.logits, want, told) if plan.nnunet.logits.order_z == 0 else None
     return Target(before, after, told, want, back)
+
+
+def _from_first(before: Shape, have: Spacing, want: Spacing) -> Target:
+    """Return the very spacing `want`, as MONAI's Spacingd does: the centre of the first voxel stays where it is."""
+    apart = _spacing([new / old for new, old in zip(want, have, strict=True)])
+    if np.allclose(apart, 1.0):
+        return Target(before, before, list(have), list(have), None)
+    after = _triple([round((n - 1) / a + 1) for n, a in zip(before, apart, strict=True)])
+    return Target(before, after, list(have), list(want), None, apart)
 
 
 def turned(array: Array, flips: Flips) -> Array:
@@ -167,7 +198,8 @@ def parts(shape: tuple[int, ...], axis: int) -> Iterator[tuple[slice, slice, sli
 
 
 def _cropped(box: tuple[slice, ...], shape: tuple[int, ...]) -> Cropped:
-    return Cropped(_triple([s.start for s in box]), _triple([s.stop for s in box]), _triple(shape))
+    edges = [s.indices(n) for s, n in zip(box, shape, strict=True)]
+    return Cropped(_triple([e[0] for e in edges]), _triple([e[1] for e in edges]), _triple(shape))
 
 
 def _content(array: Array, previous: Array | None, rows: tuple[Normalise, ...]) -> NDArray[np.bool_] | None:
@@ -181,8 +213,17 @@ def _content(array: Array, previous: Array | None, rows: tuple[Normalise, ...]) 
     return content if previous is None else content | (previous[0] > 0)
 
 
-def _statistics(channel: Array, row: Normalise, content: NDArray[np.bool_] | None) -> Statistics:
-    """Return what is subtracted from a channel (I, J, K), and what it is then divided by."""
+def _inside(channel: Array, row: Normalise, content: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+    """Return the voxels (I, J, K) that alone are counted and changed; None: all of them."""
+    if row.scheme == "zscore_nonzero":
+        content = channel != 0
+    elif row.scheme != "zscore_content":
+        return None
+    return content if content is not None and content.any() else None
+
+
+def _statistics(channel: Array, row: Normalise, inside: NDArray[np.bool_] | None) -> Statistics:
+    """Return what is subtracted from a channel (I, J, K), and what it is then divided by; see `_inside`."""
     if row.scheme == "none":
         return 0.0, 1.0
     if row.scheme == "ct":
@@ -199,7 +240,6 @@ def _statistics(channel: Array, row: Normalise, content: NDArray[np.bool_] | Non
                 "convert it as its images were"
             )
         return 0.0, 255.0
-    inside = content if row.scheme == "zscore_content" and content is not None and content.any() else None
 
     def values(part: tuple[slice, slice, slice]) -> Array:
         piece = channel[part].astype(np.float64)
@@ -211,12 +251,12 @@ def _statistics(channel: Array, row: Normalise, content: NDArray[np.bool_] | Non
     return mean, max(variance**0.5, 1e-6)
 
 
-def _normalise(x: Tensor, row: Normalise, by: Statistics, content: NDArray[np.bool_] | None) -> Tensor:
-    """Normalise in place; outside of the content nothing changes where the scheme says so."""
+def _normalise(x: Tensor, row: Normalise, by: Statistics, inside: NDArray[np.bool_] | None) -> Tensor:
+    """Normalise in place; what is not `inside` does not change."""
     if row.scheme == "none":
         return x
-    if row.scheme == "zscore_content" and content is not None and content.any():
-        return x.copy_(torch.where(torch.from_numpy(content), (x - by[0]) / by[1], x))
+    if inside is not None:
+        return x.copy_(torch.where(torch.from_numpy(inside), (x - by[0]) / by[1], x))
     if row.scheme == "ct":
         x.clamp_(row.low, row.high)
     return x.sub_(by[0]).div_(by[1])
@@ -226,23 +266,22 @@ class _Normalised:
     """A channel (I, J, K) that is normalised part by part, as it is read."""
 
     def __init__(self, channel: Array, row: Normalise, content: NDArray[np.bool_] | None) -> None:
-        self.channel, self.row, self.content = channel, row, content
+        self.channel, self.row, self.inside = channel, row, _inside(channel, row, content)
         self.shape = _triple(channel.shape)
-        self.by = _statistics(channel, row, content)
+        self.by = _statistics(channel, row, self.inside)
 
     def read(self, part: tuple[slice, slice, slice]) -> Tensor:
         x = torch.from_numpy(np.array(self.channel[part], np.float32, order="C"))
-        return _normalise(x, self.row, self.by, None if self.content is None else self.content[part])
+        return _normalise(x, self.row, self.by, None if self.inside is None else self.inside[part])
 
 
-def _trilinear(source: Array, size: Shape) -> Tensor:
-    """Resample (C, I, J, K) of any type to `size`, slab by slab."""
-    lines = [linear_line(n, m) for n, m in zip(source.shape[1:], size, strict=True)]
+def _trilinear(source: Array, lines: tuple[Line, Line, Line]) -> Tensor:
+    """Resample (C, I, J, K) of any type, slab by slab."""
     axis = slowest(source)
     others = [other for other in range(3) if other != axis]
     channels = []
     for channel in source:
-        between = torch.empty([n if a == axis else size[a] for a, n in enumerate(channel.shape)])
+        between = torch.empty([n if a == axis else lines[a].after for a, n in enumerate(channel.shape)])
         for part in parts(channel.shape, axis):
             x = torch.from_numpy(np.array(channel[part], np.float32, order="C"))
             for other in others:

@@ -182,6 +182,8 @@ def _normalised(channel: Tensor, row: Normalise, content: Tensor | None) -> Tens
                 "convert it as its images were"
             )
         return channel / 255
+    if row.scheme == "zscore_nonzero":
+        content = channel != 0
     if content is None or not content.any():
         return (channel - channel.mean()) / channel.std(correction=0).clamp(min=1e-6)
     inside = channel[content]

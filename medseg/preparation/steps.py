@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medseg.planning.plan import Spacing
-from medseg.preparation.interpolate import Line, interpolate, linear_line, nearest_line
+from medseg.preparation.interpolate import Line, interpolate, linear_line, nearest_line, placed_line
 from medseg.volume import Affine, Flips, orientation_to
 
 Shape = tuple[int, int, int]
@@ -42,11 +42,13 @@ class Cropped:
 class Resampled:
     """An image of size `shape` was brought to another size over the same extent.
 
-    The way back is trilinear; along `nearest` (an axis) it takes the nearest slice.
+    The way back is trilinear; along `nearest` (an axis) it takes the nearest slice. With `step`, the extent changed:
+    along each axis the first voxels share their centre, and the new ones are `step` old ones apart.
     """
 
     shape: Shape
     nearest: int | None = None
+    step: Spacing | None = None
 
 
 Step = Oriented | Cropped | Resampled
@@ -99,8 +101,20 @@ def restore(logits: Tensor, steps: tuple[Step, ...], *, fill: float | Tensor, ax
     return logits
 
 
+def lines_there(step: Resampled, size: Shape) -> tuple[Line, Line, Line]:
+    """Return how each axis of the grid before the step leads to the prepared one of `size`."""
+    if step.step is None:
+        i, j, k = (linear_line(n, m) for n, m in zip(step.shape, size, strict=True))
+    else:
+        i, j, k = (placed_line(n, np.arange(m) * a) for n, m, a in zip(step.shape, size, step.step, strict=True))
+    return i, j, k
+
+
 def lines_back(step: Resampled, shape: Shape) -> tuple[Line, Line, Line]:
     """Return how each axis of a prepared grid of `shape` leads back to that before the step."""
+    if step.step is not None:
+        i, j, k = (placed_line(n, np.arange(m) / a) for n, m, a in zip(shape, step.shape, step.step, strict=True))
+        return i, j, k
     i, j, k = (
         (nearest_line if axis == step.nearest else linear_line)(shape[axis], step.shape[axis]) for axis in range(3)
     )

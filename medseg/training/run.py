@@ -275,8 +275,8 @@ class _Work:
             plan, reasons = plan_training(self.dataset, fingerprint, self.request, self.device, origin)
         if self.request.epochs is not None:
             plan = plan.model_copy(update={"steps": self._steps_of_epochs(plan, self.request.epochs)})
-        if plan.nnunet is not None and origin is None:
-            raise PlanError("this is the plan of a model of nnU-Net's: it predicts, and does not say how to train")
+        if plan.monai is not None or (plan.nnunet is not None and origin is None):
+            raise PlanError("this is the plan of an imported model: it predicts, and does not say how to train")
         # Before the plan is kept: a name that no table holds must not become part of the run.
         if list(plan.normalisation) != list(self.dataset.spec.channels):
             raise PlanError(

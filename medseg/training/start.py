@@ -82,6 +82,8 @@ def misfits(bundle: Bundle, spec: Spec) -> list[str]:
         problems.append("it is the second stage of a cascade, which needs the masks of its first as further channels")
     if not bundle.info.weights:
         problems.append("it is an ensemble of several configurations; give the folder of one of its members")
+    if bundle.info.plan.monai is not None:
+        problems.append("it was a MONAI bundle, whose preparation is known for prediction only")
     if old.unit != spec.unit:
         problems.append(f"it learnt from images in {old.unit}, these are in {spec.unit}")
     if exclusive(old) != exclusive(spec):

@@ -29,6 +29,7 @@ SCHEMES = [
     {"scheme": "ct", "low": -30.0, "high": 60.0, "mean": 5.0, "deviation": 20.0},
     {"scheme": "zscore"},
     {"scheme": "zscore_content"},
+    {"scheme": "zscore_nonzero"},
     {"scheme": "range"},
     {"scheme": "none"},
 ]
