@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -172,15 +172,23 @@ def _patch(size: list[float], dimensions: int, limit: int) -> list[int]:
 
 
 def _whole(patch: list[int], multiple: list[int], limit: int) -> Triple:
-    """Round a patch up to multiples of the total stride, then shorten its longest axes where that passes the limit."""
-    size = [math.ceil(p / m) * m for p, m in zip(patch, multiple, strict=True)]
-    while math.prod(size) > limit:
-        spare = [a for a in range(3) if size[a] > 2 * multiple[a]]
+    """Round a patch up to multiples of the total stride, then shorten it to the limit."""
+    return shortened([math.ceil(p / m) * m for p, m in zip(patch, multiple, strict=True)], multiple, limit)
+
+
+def shortened(size: Sequence[int], multiple: Sequence[int], limit: int) -> Triple:
+    """Take whole multiples off the longest axes until a patch has at most `limit` voxels; two multiples stay of each.
+
+    What cannot be shortened enough stays larger than the limit.
+    """
+    patch = list(size)
+    while math.prod(patch) > limit:
+        spare = [a for a in range(3) if patch[a] > 2 * multiple[a]]
         if not spare:
             break
-        longest = max(spare, key=lambda a: size[a])
-        size[longest] -= multiple[longest]
-    return size[0], size[1], size[2]
+        longest = max(spare, key=lambda a: patch[a])
+        patch[longest] -= multiple[longest]
+    return patch[0], patch[1], patch[2]
 
 
 def _stages(patch: list[int], spacing: Spacing, dimensions: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

@@ -14,7 +14,7 @@ from medseg.joined import dataset_of
 from medseg.planning.budget import LEAST_STEPS, duration, enough, learning_seconds
 from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.plan import Measured, NetworkPlan, Plan, Triple, override
-from medseg.planning.planner import BATCH_VOXELS, PATCH_VOXELS, Draft, draft, names_sides
+from medseg.planning.planner import BATCH_VOXELS, PATCH_VOXELS, Draft, draft, names_sides, shortened
 from medseg.spec import Dataset, Spec
 from medseg.training.assume import REASONS, assumed
 from medseg.training.calibrate import measure_network
@@ -143,13 +143,7 @@ def patch_size(old: Plan, fingerprint: Fingerprint, limit: int, multiple: Triple
             # A 2-D plan of nnU-Net's keeps the distance of slices; its patch is one slice thick.
             needed = max(1, math.ceil(extent / old.spacing[axis] / multiple[axis]))
             size[axis] = min(size[axis], needed * multiple[axis])
-    while math.prod(size) > limit:
-        spare = [a for a in range(3) if size[a] > 2 * multiple[a]]
-        if not spare:
-            break
-        longest = max(spare, key=lambda a: size[a])
-        size[longest] -= multiple[longest]
-    return size[0], size[1], size[2]
+    return shortened(size, multiple, limit)
 
 
 def _steps(fingerprint: Fingerprint, request: Request, batch: int, seconds: float) -> int:
