@@ -90,7 +90,11 @@ def medseg_batches(folder: Path, patch: tuple[int, int, int], batch: int):  # ty
     names = ("image", "mask", "locations")
     opened = [{n: np.load(p / f"{n}.npy", mmap_mode="r") for n in names} for p in sorted(folder.glob("[0-9]*"))]
     plan = SimpleNamespace(
-        seed=0, batch_size=batch, foreground_share=1 / 3, patch_size=patch, dimensions=3,
+        seed=0,
+        batch_size=batch,
+        foreground_share=1 / 3,
+        patch_size=patch,
+        dimensions=3,
         augmentation=Augmentation(elastic=0),
     )
     cache = CaseCache.__new__(CaseCache)

@@ -183,9 +183,7 @@ def test_a_worker_that_cannot_start_stops_the_run(
 
 
 @pytest.mark.parametrize("fate", ["hang", "stuck"])
-def test_a_worker_ends_with_who_started_it(
-    model: Path, images: Callable[..., Path], tmp_path: Path, fate: str
-) -> None:
+def test_a_worker_ends_with_who_started_it(model: Path, images: Callable[..., Path], tmp_path: Path, fate: str) -> None:
     folder, out = images(fate), tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAULTS), *sys.path])}
     words = [sys.executable, "-m", "medseg", "predict", str(folder), "--model", str(model), "--out", str(out)]
