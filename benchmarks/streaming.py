@@ -95,6 +95,8 @@ def widened(model: Path, out: Path, classes: int) -> Path:
     """Copy the model with a head of `classes` channels of random weights and as many labels."""
     import torch
 
+    from medseg.nnunet.checkpoint import HARMLESS
+
     place = out / "nnunet" / f"Dataset005_Body{classes}" / Path(FOLDER).name
     if place.exists():
         return place
@@ -103,8 +105,8 @@ def widened(model: Path, out: Path, classes: int) -> Path:
     dataset["labels"] = {"background": 0, **{f"label{n}": n for n in range(1, classes)}}
     (place / "dataset.json").write_text(json.dumps(dataset))
     for file in place.glob("fold_*/checkpoint_final.pth"):
-        # Our own file, made a line above from shared/data.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        with torch.serialization.safe_globals(list(HARMLESS)):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         weights, random = checkpoint["network_weights"], torch.Generator().manual_seed(0)
         for name in [name for name in weights if "seg_layers" in name]:
             shape = (classes, *weights[name].shape[1:])
