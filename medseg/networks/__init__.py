@@ -96,10 +96,14 @@ NETWORKS: Registry[Kind] = Registry(
         "vnet": Kind(monai_nets.vnet, _default),
         "segresnet": Kind(monai_nets.segresnet, _width),
         "mednext": Kind(monai_nets.mednext, _width),
-        "monai": Kind(monai_nets.of_bundle, _default),
         "swin_unetr": Kind(monai_nets.swin_unetr, lambda options: {"width": 12 * max(1, options["features"][0] // 12)}),
     },
 )
+
+"""What a planner can choose, and train."""
+
+IMPORTED: dict[str, Kind] = {"monai": Kind(monai_nets.of_bundle, _default)}
+"""What only a bundle made elsewhere can name: its options are that bundle's own, its windows have sizes it takes."""
 
 
 def planned_options(name: str, options: Options) -> Options:
@@ -109,7 +113,7 @@ def planned_options(name: str, options: Options) -> Options:
 
 def build_network(name: str, *, spatial_dims: int, in_channels: int, out_channels: int, options: Options) -> nn.Module:
     """Build the network called `name`; raise ConfigError for an unknown name or options that it does not take."""
-    kind = NETWORKS[name]
+    kind = IMPORTED.get(name) or NETWORKS[name]
     if spatial_dims not in kind.spatial_dims:
         known = " and ".join(f"{dims}D" for dims in kind.spatial_dims)
         raise ConfigError(f"network {name}: it exists in {known}, the plan is {spatial_dims}D; choose another network")
