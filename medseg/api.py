@@ -364,6 +364,7 @@ def listen(config: PathLike, *, stop: Event | None = None) -> None:
     from medseg.bundle import open_bundle
     from medseg.inference.chosen import ruled
     from medseg.inference.predict import load_model
+    from medseg.inference.presets import at_quality
     from medseg.pacs import need
     from medseg.pacs.listen import listen as run
     from medseg.pacs.settings import load_settings
@@ -371,9 +372,8 @@ def listen(config: PathLike, *, stop: Event | None = None) -> None:
     settings = load_settings(Path(config))
     need("pynetdicom")
     bundle = open_bundle(local_model(settings.model, track=settings.track))
-    if settings.channels is not None:
-        bundle = ruled(bundle, settings.channels)
-    run(settings, load_model(bundle), stop or Event())
+    bundle = bundle if settings.channels is None else ruled(bundle, settings.channels)
+    run(settings, load_model(at_quality(bundle, settings.quality)), stop or Event())
 
 
 def local_model(model: PathLike, *, track: PathLike) -> Path:

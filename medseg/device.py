@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import time
@@ -42,6 +43,33 @@ def autocast(device_type: str, precision: str) -> AbstractContextManager[object]
     if precision == "bf16":
         return torch.autocast(device_type, torch.bfloat16)
     return nullcontext()
+
+
+MEMORY_WORDS = (
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "out of memory",
+    "status_alloc_failed",
+)
+"""Of plain RuntimeErrors of torch, oneDNN, cuDNN and cuBLAS that mean it, in lower case."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory was asked for and not there.
+
+    Where Linux promises more than it has, no error comes: the kernel ends the process (exit status 137).
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in MEMORY_WORDS)
+
+
+def freed(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Stopwatch:

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.placing import IMAGE_SUFFIX, Placed, place
 from medseg.batch.study_input import StudyInput
 from medseg.channels import read_chosen
+from medseg.device import freed, is_out_of_memory
 from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, ReadError, SpecError
 from medseg.exporters import EXPORTERS
 from medseg.exporters.nifti import write_nifti
@@ -31,6 +31,10 @@ from medseg.spec import Spec
 from medseg.studies import read_channels
 from medseg.volume import Volume
 
+NO_MEMORY = (
+    ("MEMORY", "there is too little memory for it; use a machine with more"),
+    ("GPU_MEMORY", "the GPU has too little memory for one window of this model; use a larger one, or none"),
+)
 REFUSALS = (ReadError, GeometryError, SpecError, BundleError)
 """Faults of the input; everything else is ours, and is tried again by the next run."""
 
@@ -66,13 +70,11 @@ def segment(
             raise ExportError(f"case {study.id}: {error}", code=error.code) from error
         state = "refused" if isinstance(error, REFUSALS) else "failed"
         return _ended(entry, error.code, without_paths(str(error), study), state)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        text = "the GPU has too little memory for one window of this model; use a larger one, or none"
-        return _ended(entry, "GPU_MEMORY", text)
-    except MemoryError:
-        return _ended(entry, "MEMORY", "there is too little memory for it; use a machine with more")
     except Exception as error:  # one study must never stop the others
+        if is_out_of_memory(error):
+            freed(model.device)
+            gpu = isinstance(error, RuntimeError) and model.device.type != "cpu"
+            return _ended(entry, *NO_MEMORY[gpu])
         if os.environ.get("MEDSEG_DEBUG"):
             raise
         # Without its text: what a library says about a file may hold what stands in its header.

@@ -8,19 +8,22 @@ moves on. So memory grows with classes × slab, never with classes × volume.
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from medseg.device import autocast
+from medseg.device import autocast, freed, is_out_of_memory
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
 from medseg.quality.witness import Witness
 
 Predictor = Callable[[Tensor], Tensor]
 Range = tuple[int, int]
+log = logging.getLogger("medseg.inference")
 
 
 def mirrorings(plan: Plan, *, mirror: bool) -> list[tuple[int, ...]]:
@@ -63,21 +66,29 @@ def window_logits(
 
 
 def sparing(predict: Predictor) -> Predictor:
-    """Return a predictor that halves its batch of windows, and each half again, while the GPU has no memory for it.
+    """Return a predictor that halves its batch of windows, and each half again, while there is no memory for it.
+
+    What fits once is not exceeded again by the same predictor. Each halving is said in the log "medseg.inference".
 
     Raises
     ------
-    torch.OutOfMemoryError : there is none for a single window.
+    torch.OutOfMemoryError, RuntimeError, MemoryError : there is none for a single window.
     """
+    most: int | None = None
 
     def halved(windows: Tensor) -> Tensor:
-        try:
-            return predict(windows)
-        except torch.OutOfMemoryError:
-            if len(windows) == 1:
-                raise
-        torch.cuda.empty_cache()  # what the failed attempt took, now that nothing refers to it
-        return torch.cat([halved(part) for part in windows.chunk(2)])
+        nonlocal most
+        count = len(windows)
+        if most is None or count <= most:
+            try:
+                return predict(windows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or count == 1:
+                    raise
+            freed(windows.device)  # what the failed attempt took, now that nothing refers to it
+            most = math.ceil(count / 2)
+            log.warning("no memory for %d windows at once on %s: batches of %d", count, windows.device, most)
+        return torch.cat([halved(part) for part in windows.split(most or count)])
 
     return halved
 

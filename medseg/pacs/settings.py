@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -74,7 +74,7 @@ class ListenConfig(Config):
     ----------
     ae_title, host, port : under which it is called; 127.0.0.1 is reached from this machine only.
     calling : AE titles that may send; empty: any.
-    model, track, mirror, formats, channels, allow : as for medseg predict.
+    model, track, mirror, quality, formats, channels, allow : as for medseg predict.
     inbox, out : folders for what comes (private) and for results.
     quiet_seconds : a study that gets nothing for so long is segmented.
     keep : how long its images stay after its results were sent ("1h"; 0 deletes at once).
@@ -92,6 +92,7 @@ class ListenConfig(Config):
     model: str = Field(min_length=1)
     track: Path = Path()
     mirror: bool | None = None
+    quality: Literal["exact", "balanced", "fast"] = "exact"
     formats: tuple[str, ...] = ("seg",)
     channels: Path | None = None
     allow: tuple[Allowance, ...] = ()

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from medseg.device import autocast, device_name, precisions
+from medseg.device import autocast, device_name, freed, is_out_of_memory, precisions
 from medseg.losses import LOSSES, deep_supervision
 from medseg.networks import build_network, planned_options
 from medseg.planning.plan import Measured, NetworkPlan
 from medseg.planning.planner import DEFAULT_NETWORK, Draft, worth_measuring
 from medseg.spec import Spec
 from medseg.targets import channel_names, exclusive
-from medseg.training.memory import freed, is_out_of_memory
 from medseg.training.step_times import keep, recall
 
 REPEATS = 4

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medseg.bundle import make_network
-from medseg.device import Stopwatch, autocast
+from medseg.device import Stopwatch, autocast, freed, is_out_of_memory
 from medseg.errors import Stopped
 from medseg.inference.sliding_window import slide
 from medseg.losses import LOSSES, deep_supervision
@@ -35,7 +35,7 @@ from medseg.spec import Case, Spec
 from medseg.targets import decode, encode, exclusive
 from medseg.training.drawn import add_drawn, label_voxels
 from medseg.training.health import refuse_explosion, refuse_what_is_no_number, sound
-from medseg.training.memory import explained_memory, freed, is_out_of_memory
+from medseg.training.memory import explained_memory
 from medseg.training.pieces import backward
 from medseg.training.schedule import Schedule
 from medseg.training.start import StartWeights, begin

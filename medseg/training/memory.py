@@ -1,35 +1,15 @@
-"""What counts as "no memory left", on a processor and on a GPU, and what to say where nothing helps."""
+"""What to say where there is no memory left and nothing helps."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from medseg.device import freed, is_out_of_memory
 from medseg.errors import TrainingError
 from medseg.planning.plan import Plan
-
-CPU_WORDS = ("can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory")
-"""Of torch's and oneDNN's plain RuntimeErrors, in lower case."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory was asked for and not there.
-
-    Where Linux promises more than it has, no error comes: the kernel ends the process (exit status 137).
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in CPU_WORDS)
-
-
-def freed(device: torch.device) -> None:
-    """Give back what nobody holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 @contextmanager

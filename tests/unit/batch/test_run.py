@@ -253,6 +253,21 @@ def test_the_linkage_table_is_private_and_keeps_earlier_studies(loaded: Model, i
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_want_of_memory_is_told_as_such(
+    loaded: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    real, calls = batch.predict_case, iter(range(10))
+
+    def breaks(*args: Any, **options: Any) -> Any:
+        if next(calls) == 1:
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(batch, "predict_case", breaks)
+    assert states(predict([images], model=loaded, out=tmp_path / "out")) == {"a": "done", "b": "MEMORY", "c": "done"}
+
+
 def test_an_error_of_ours_stops_no_other_and_is_tried_again(
     loaded: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from medseg.api import listen
 from medseg.errors import ConfigError
+from medseg.inference.presets import QUALITY
 from medseg.pacs import need
 from medseg.pacs.settings import load_settings
 
@@ -47,6 +49,7 @@ def test_defaults_are_safe(tmp_path: Path) -> None:
         ({"keep": "soon"}, "duration"),
         ({"keep": -1}, "duration"),
         ({"allow": ["anything"]}, "allow"),
+        ({"quality": "fastest"}, "'exact', 'balanced' or 'fast'"),
         ({"send": [{"host": "a"}]}, "host, port and ae_title"),
         ({"send": [{"url": "dicomweb://a:geheim@h/x"}]}, "MEDSEG_DICOMWEB_USER"),
         ({"send": [{"url": "dicomweb://h/x/studies/1.2"}]}, "as a whole"),
@@ -60,6 +63,18 @@ def test_mistakes_are_told(tmp_path: Path, changes: dict[str, Any], told: str) -
         load_settings(write(tmp_path, **changes))
     assert told in str(error.value)
     assert "geheim@" not in str(error.value)
+
+
+@pytest.mark.parametrize("quality", ["exact", "balanced", "fast"])
+def test_the_model_is_used_with_the_quality_that_is_asked_for(
+    tmp_path: Path, make_spec: Any, make_plan: Any, make_bundle: Any, monkeypatch: pytest.MonkeyPatch, quality: str
+) -> None:
+    spec = make_spec(labels={"a": 1})
+    make_bundle(tmp_path / "run", spec, make_plan(spec))
+    used: list[Any] = []
+    monkeypatch.setattr("medseg.pacs.listen.listen", lambda settings, model, stop: used.append(model))
+    listen(write(tmp_path, **({} if quality == "exact" else {"quality": quality})))
+    assert (used[0].bundle.info.preset, used[0].preset) == (quality, QUALITY[quality])
 
 
 def test_without_the_extra_the_command_that_installs_it_is_told() -> None:
