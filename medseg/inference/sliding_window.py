@@ -74,12 +74,12 @@ def sparing(predict: Predictor) -> Predictor:
     ------
     torch.OutOfMemoryError, RuntimeError, MemoryError : there is none for a single window.
     """
-    most: int | None = None
+    most = 0  # windows at once; 0 while nothing has failed
 
     def halved(windows: Tensor) -> Tensor:
         nonlocal most
         count = len(windows)
-        if most is None or count <= most:
+        if not most or count <= most:
             try:
                 return predict(windows)
             except (RuntimeError, MemoryError) as error:
@@ -88,7 +88,7 @@ def sparing(predict: Predictor) -> Predictor:
             freed(windows.device)  # what the failed attempt took, now that nothing refers to it
             most = math.ceil(count / 2)
             log.warning("no memory for %d windows at once on %s: batches of %d", count, windows.device, most)
-        return torch.cat([halved(part) for part in windows.split(most or count)])
+        return torch.cat([halved(part) for part in windows.chunk(math.ceil(count / most))])
 
     return halved
 
