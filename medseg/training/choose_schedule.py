@@ -5,23 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from medseg.training.finish import FINISH_SECONDS, scoring_factor
 from medseg.training.loop import Job
 from medseg.training.replay import record_of
 from medseg.training.request import Request
+from medseg.training.reserve import Reserve
 from medseg.training.schedule import ByClock, ByRecord, BySteps, Schedule
 from medseg.training.state import LoopState
 
 
 def choose_schedule(
-    job: Job, request: Request, *, began: float, scoring: float, networks_left: int, earlier: float
+    job: Job,
+    request: Request,
+    *,
+    began: float,
+    reserve: Reserve,
+    networks_left: int,
+    earlier: float,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[LoopState], Schedule]:
     """Return state -> Schedule.
 
     Parameters
     ----------
-    began : time.monotonic() from which a budget counts.
-    scoring : expected seconds of one validation.
+    began : time of the clock from which a budget counts.
+    reserve : what is kept of a budget for the end: all networks are scored then, so those still to be trained leave
+        the time for it together.
     networks_left : still to be trained, this one included.
     earlier : seconds that earlier processes of this run spent on networks that are finished.
     """
@@ -34,15 +42,16 @@ def choose_schedule(
         if request.budget is None:
             return BySteps(plan.steps, validations=plan.validations, warmup=plan.warmup)
         # what a resumed command used before it was killed counts as if it had been spent now
-        elapsed = time.monotonic() - began + earlier
-        remaining = request.budget - elapsed - state.seconds - FINISH_SECONDS
+        elapsed = clock() - began + earlier
+        remaining = request.budget - elapsed - state.seconds
         return ByClock(
             max(0.0, remaining) / networks_left + state.seconds,
             spent=state.seconds,
             validations=plan.validations,
             warmup=plan.warmup,
-            scoring=scoring,
-            scorings=1 + scoring_factor(plan),
+            validation=reserve.validation(job),
+            finishing=reserve.finishing / networks_left,
+            clock=clock,
         )
 
     return choose

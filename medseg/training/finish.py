@@ -28,11 +28,11 @@ from medseg.exporters.nifti import write_nifti
 from medseg.files import write_atomically, write_json, write_text
 from medseg.inference.predict import Model, notes_for, predict_logits
 from medseg.joined import annotated
-from medseg.planning.plan import Plan
 from medseg.plots import colours_for, curves_png, three_planes_png
 from medseg.quality.model import QualityModel
 from medseg.quality.page import write_quality
 from medseg.quality.shape import label_shapes
+from medseg.quality.signs import Notes
 from medseg.readers.nifti import read_nifti
 from medseg.spec import Case, Dataset, Spec
 from medseg.studies import read_study
@@ -40,7 +40,7 @@ from medseg.targets import decode, known_channels
 from medseg.tracking import Tracker
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.drawn import write_drawn
-from medseg.training.loop import Job, Learner
+from medseg.training.loop import Job
 from medseg.training.quality import Seen, fit_seen
 from medseg.training.quality import told as quality_told
 from medseg.training.start_told import seen_by, start_facts, validation_seen
@@ -48,27 +48,9 @@ from medseg.training.state import LoopState
 from medseg.training.temperature import VoxelSample
 from medseg.volume import Volume, reorient, shown_axes
 
-FINISH_SECONDS = 8.0
-"""Bundle, tables, plots and registry; measured 5 to 8 s on two cores."""
 OVERLAYS = 3
 TRYING_SECONDS, TRYING_SHARE = 1.0, 0.1
-"""What trying post-processing may take under a budget, beside the predictions; scoring_factor leaves room for it."""
-
-
-def scoring_factor(plan: Plan) -> float:
-    """Return how much longer scoring takes than a validation: it mirrors, reads the sources and restores the grid."""
-    return 1.3 * (2 ** len(plan.augmentation.mirror_axes) if plan.test_mirroring else 1)
-
-
-def time_of_validation(job: Job) -> float:
-    """Return the expected seconds of a validation, by an untrained network on a few cases."""
-    learner = Learner(job)
-    cases = job.validation[:3]
-    learner.case_dice(cases[0])  # the first call of a network compiles kernels
-    began = time.monotonic()
-    for case in cases:
-        learner.case_dice(case)
-    return (time.monotonic() - began) / len(cases) * len(job.validation)
+"""What trying post-processing may take under a budget, beside the predictions."""
 
 
 def finish_run(
@@ -134,7 +116,7 @@ def _calibrated(found: Calibration) -> str:
 
 
 def _judge(
-    jobs: Sequence[Job], scored: _Scored, steps: Sequence[PostStep], report: Path, display: Display
+    jobs: Sequence[Job], scored: Scored, steps: Sequence[PostStep], report: Path, display: Display
 ) -> QualityModel | None:
     """Fit what will say how good a mask is, and write how well it does on cases that it has not seen.
 
@@ -190,7 +172,7 @@ def _number(job: Job) -> int:
 
 
 @dataclass
-class _Scored:
+class Scored:
     """What the validation cases have told so far; `rows` are those of the tracked table.
 
     `case_dice` is label -> case id -> Dice, `seen` what was noted of each case.
@@ -205,9 +187,12 @@ class _Scored:
     predicting: float = 0.0
     trying: float = 0.0
 
-    def add(self, case: Case, logits: Tensor, mask: Volume, reference: Volume, *, hurry: bool) -> None:
-        """Learn from one case."""
+    def add(
+        self, case: Case, file: Path, notes: Notes, logits: Tensor, mask: Volume, reference: Volume, *, hurry: bool
+    ) -> None:
+        """Learn from one case, whose mask lies in `file`."""
         spec = self.trial.spec
+        self.seen.append(Seen(case, file, notes, label_shapes(reference, spec)))
         self.sample.add(logits, reference, known_channels(spec, case))
         began = time.monotonic()
         self.trial.complete &= not hurry or self.trying < TRYING_SECONDS + TRYING_SHARE * self.predicting
@@ -216,14 +201,14 @@ class _Scored:
         self.trying += time.monotonic() - began
 
 
-def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display: Display, *, hurry: bool) -> _Scored:
+def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display: Display, *, hurry: bool) -> Scored:
     """Predict every validation case with the network that has not seen it, on its source grid.
 
     Masks and tables of each fold are written beside it, one table of all folds into 7_report.
     """
     spec, plan = jobs[0].spec, jobs[0].plan
     total = sum(len(job.validation) for job in jobs)
-    scored = _Scored(StepTrial(spec, plan.fingerprint), VoxelSample(spec, cases=total, seed=plan.seed))
+    scored = Scored(StepTrial(spec, plan.fingerprint), VoxelSample(spec, cases=total, seed=plan.seed))
     evaluations, folds = [], []
     for job, state in zip(jobs, states, strict=True):
         place = out / "5_folds" / str(_number(job)) / "validation"
@@ -249,20 +234,24 @@ def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display:
     return scored
 
 
-def _score_case(model: Model, case: Case, place: Path, scored: _Scored, *, hurry: bool) -> None:
+def _score_case(model: Model, case: Case, place: Path, scored: Scored, *, hurry: bool) -> None:
     """Predict one validation case and learn from it."""
-    spec = model.bundle.info.spec
-    study = read_study(spec, case)
+    study = read_study(model.bundle.info.spec, case)
     began = time.monotonic()
-    notes = notes_for(model, mirror=model.bundle.info.plan.test_mirroring)
-    logits = predict_logits(model, study.image, notes=notes)
-    mask = study.image.with_array(decode(spec, logits).numpy())
+    notes, logits, mask = noted_prediction(model, study.image)
     file = place / f"{case.id}.nii.gz"
     write_nifti(file, mask)
     scored.predicting += time.monotonic() - began
     assert study.mask is not None, "cases without a mask do not learn"
-    scored.seen.append(Seen(case, file, notes, label_shapes(study.mask, spec)))
-    scored.add(case, logits, mask, study.mask, hurry=hurry)
+    scored.add(case, file, notes, logits, mask, study.mask, hurry=hurry)
+
+
+def noted_prediction(model: Model, image: Volume) -> tuple[Notes, Tensor, Volume]:
+    """Predict as the finished model will; return what was noted, the logits, and the mask on the grid of `image`."""
+    info = model.bundle.info
+    notes = notes_for(model, mirror=info.plan.test_mirroring)
+    logits = predict_logits(model, image, notes=notes)
+    return notes, logits, image.with_array(decode(info.spec, logits).numpy())
 
 
 def _overlays(job: Job, run: Path, folder: Path) -> None:

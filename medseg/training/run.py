@@ -37,7 +37,7 @@ from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import Case, Dataset
 from medseg.tracking import Tracker, start
 from medseg.training.choose_schedule import choose_schedule
-from medseg.training.finish import FINISH_SECONDS, finish_run, time_of_validation
+from medseg.training.finish import finish_run
 from medseg.training.folds import Fold, balanced, make_folds, refuse_leaks, the_fold
 from medseg.training.loop import Job, fit
 from medseg.training.manifest import learning_cases, make_manifest
@@ -46,6 +46,8 @@ from medseg.training.record import MANIFEST, complete_manifest, note_environment
 from medseg.training.refusals import refuse_empty_training, refuse_too_few, say_absent_labels, say_datasets
 from medseg.training.replay import compared, told, warning
 from medseg.training.request import Request, complete, open_run, read_json
+from medseg.training.reserve import FIXED_SECONDS, Reserve, measure_reserve
+from medseg.training.reserve import told as told_reserve
 from medseg.training.schedule import Followed
 from medseg.training.start import as_started, choose_weights, image_digests, keep_start, kept_start, open_start
 from medseg.training.start_told import say_start
@@ -341,7 +343,7 @@ class _Work:
     def fit_all(self, jobs: list[Job], tracker: Tracker) -> list[LoopState]:
         """Train one network after the other, sharing what is left of the budget."""
         self._refuse_spent_budget()
-        scoring = time_of_validation(jobs[0]) if self.request.budget else 0.0
+        reserve = self._reserve(jobs)
         states: list[LoopState] = []
         earlier = 0.0
         for number, job in enumerate(jobs):
@@ -352,13 +354,22 @@ class _Work:
                 continue
             left = len(jobs) - number
             schedule = choose_schedule(
-                job, self.request, began=self.began, scoring=scoring, networks_left=left, earlier=earlier
+                job, self.request, began=self.began, reserve=reserve, networks_left=left, earlier=earlier
             )
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
             watch = Watch(self.display, tracker, job, number, len(jobs))
             states.append(watch.ended(fit(job, schedule, watch=watch)))
             write_json(done, {"steps": states[-1].step})
         return states
+
+    def _reserve(self, jobs: list[Job]) -> Reserve:
+        """Measure, under a budget, what the end will need, and say it."""
+        if self.request.budget is None:
+            return Reserve()
+        reserve = measure_reserve(jobs, self.request.budget)
+        left = self.began + self.request.budget - time.monotonic()
+        self.display.say(told_reserve(reserve, left, cases=sum(len(job.validation) for job in jobs)))
+        return reserve
 
     def _counted(self, done: int, total: int) -> None:
         """Show how far a stage before the training is; end it when the budget is over."""
@@ -373,6 +384,6 @@ class _Work:
             raise TrainingError(
                 f"the budget of {clock(self.request.budget)} was over before the first step: reading, measuring and "
                 f"preparing took {clock(spent)} on this machine so far; give --budget "
-                f"{duration(2 * spent + FINISH_SECONDS)} or more, and another --out",
+                f"{duration(2 * spent + FIXED_SECONDS)} or more, and another --out",
                 code="BUDGET_TOO_SMALL",
             )

@@ -7,9 +7,13 @@ the end, wherever the end is.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+LEAST_SHARE = 0.2
+"""Of the time, what the steps get however long the finishing takes: a model that has learnt something comes first."""
 
 
 def rate_factor(progress: float, warmup: float) -> float:
@@ -74,10 +78,11 @@ class ByClock:
 
     Parameters
     ----------
-    seconds : time for the loop and for the scoring that follows it.
+    seconds : time for the loop and for what follows it.
     spent : what earlier processes used of it (resuming).
-    scoring : seconds expected for one validation now; every validation corrects the expectation.
-    scorings : how many validations' time must be left at the end, for the last validation and for the scoring.
+    validation : seconds expected of one validation; the last one must fit in.
+    finishing : seconds that must be left after the loop, where a validation takes what is expected. How long
+        validations really take says how much faster or slower the machine is now, and corrects both.
     """
 
     def __init__(
@@ -87,20 +92,27 @@ class ByClock:
         spent: float,
         validations: int,
         warmup: float,
-        scoring: float = 0.0,
-        scorings: float = 0.0,
+        validation: float = 0.0,
+        finishing: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.whole, self.warmup, self.validations, self.clock = seconds, warmup, validations, clock
-        self.scorings = scorings
-        self.seconds = 0.0
-        self.validated(scoring)
+        self.validation, self.finishing = validation, finishing
+        self._slowness = [1.0]
+        self.seconds = self._for_steps()
         self._start = clock() - spent
         self._validated = math.floor(self._progress() * validations)
 
     def validated(self, seconds: float) -> None:
-        """Leave at the end what scoring will take if a validation takes `seconds`."""
-        self.seconds = max(0.2 * self.whole, self.whole - self.scorings * seconds)
+        """Leave at the end what is needed on a machine on which a validation takes `seconds`."""
+        if self.validation > 0:
+            self._slowness.append(seconds / self.validation)
+            self.seconds = self._for_steps()
+
+    def _for_steps(self) -> float:
+        # The median of the last three: a moment in which another program was busy must not throw the rate about.
+        slowness = statistics.median(self._slowness[-3:])
+        return max(LEAST_SHARE * self.whole, self.whole - slowness * (self.validation + self.finishing))
 
     def _progress(self) -> float:
         return min(1.0, (self.clock() - self._start) / self.seconds) if self.seconds > 0 else 1.0

@@ -27,11 +27,12 @@ from medseg.evaluation.table import load_evaluation
 from medseg.files import PARTIAL_PREFIX
 from medseg.inference.postprocess import postprocess
 from medseg.planning.plan import Measured, read_plan
+from medseg.quality.signs import make_notes
 from medseg.readers import read_image
 from medseg.spec import Case
 from medseg.training import make_plan as make_plan_module
 from medseg.training.choose_steps import StepTrial
-from medseg.training.finish import TRYING_SECONDS, _Scored
+from medseg.training.finish import TRYING_SECONDS, Scored
 from medseg.training.state import load_state
 from medseg.training.temperature import VoxelSample
 from medseg.volume import Volume
@@ -289,12 +290,13 @@ def test_validation_masks_name_the_network_that_made_them(model: Path) -> None:
 def test_trying_post_processing_takes_a_share_of_a_budget_only(make_spec: Any, make_fingerprint: Any) -> None:
     spec = make_spec()
     for hurry, expected in ((True, [True, False]), (False, [True, True])):
-        scored = _Scored(StepTrial(spec, make_fingerprint()), VoxelSample(spec, cases=2, seed=0))
+        scored = Scored(StepTrial(spec, make_fingerprint()), VoxelSample(spec, cases=2, seed=0))
         found = []
         for trying in (0.0, TRYING_SECONDS + 0.2):
             scored.trying, scored.predicting = trying, 1.0
             mask = Volume(np.ones((1, 4, 4, 4), np.uint8), np.eye(4))
-            scored.add(Case("c", (), None, "p"), torch.zeros((2, 4, 4, 4)), mask, mask, hurry=hurry)
+            notes, logits = make_notes(spec, networks=1, passes=1), torch.zeros((2, 4, 4, 4))
+            scored.add(Case("c", (), None, "p"), Path("c.nii.gz"), notes, logits, mask, mask, hurry=hurry)
             found.append(scored.trial.complete)
         assert found == expected
 
