@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import select
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from medseg.batch.attempt import Outcome, attempt
 from medseg.batch.job import Settings, decode, encode, recipe
 from medseg.batch.locks import present
+from medseg.batch.pipe import readable
 from medseg.errors import BatchError, BundleError, MedsegError
 
 if TYPE_CHECKING:
@@ -96,14 +96,14 @@ def die_with(lifeline: int) -> None:
     """
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([lifeline], [], [], 0)[0]:
+    if readable(lifeline, 0):
         os._exit(1)  # it was closed before we listened
 
 
 def lines(source: int) -> Iterator[bytes]:
     """Yield the lines of a file handle; end when it does, or nothing comes for IDLE_SECONDS."""
     rest = b""
-    while select.select([source], [], [], IDLE_SECONDS)[0]:
+    while readable(source, IDLE_SECONDS):
         data = os.read(source, 1 << 20)
         if not data:
             return

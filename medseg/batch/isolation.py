@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import psutil
 from medseg.batch.attempt import Outcome
 from medseg.batch.job import decode
 from medseg.batch.ledger import Entry
+from medseg.batch.pipe import readable
 from medseg.errors import BatchError, MedsegError
 
 PROGRAM = "medseg.batch.child"
@@ -187,7 +187,7 @@ class Child:
             return None
         while b"\n" not in self._rest:
             try:
-                if not select.select([process.stdout], [], [], POLL_SECONDS)[0]:
+                if not readable(process.stdout.fileno(), POLL_SECONDS):
                     return {}
                 data = os.read(process.stdout.fileno(), 1 << 16)
             except (OSError, ValueError):  # closed by another thread

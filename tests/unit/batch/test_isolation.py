@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -180,6 +181,17 @@ def test_a_worker_that_cannot_start_stops_the_run(
     with pytest.raises(BatchError, match="2 times in a row") as caught:
         child().run(*request(model, tmp_path / "out", images("a") / "a.nii.gz"))
     assert caught.value.code == "WORKER_START"
+
+
+def test_a_command_with_many_open_files_has_workers(
+    model: Path, images: Callable[..., Path], tmp_path: Path, child: Callable[..., Child]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        outcome = child().run(*request(model, tmp_path / "out", images("a") / "a.nii.gz"))
+    assert outcome.entry is not None
+    assert outcome.entry.state == "done"
 
 
 @pytest.mark.parametrize("fate", ["hang", "stuck"])
