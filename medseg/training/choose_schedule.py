@@ -51,6 +51,7 @@ def choose_schedule(
             warmup=plan.warmup,
             validation=reserve.validation(job),
             finishing=reserve.finishing / networks_left,
+            slowness=reserve.slowness,
             clock=clock,
         )
 

@@ -128,7 +128,9 @@ def fit(job: Job, schedule_for: Callable[[LoopState], Schedule], *, watch: Watch
                 pause = CHECKPOINT_SECONDS * max(1.0, (saved - began) / SAVING_SECONDS)
         ahead.cancel()
     if not state.validations or state.validations[-1]["step"] != state.step:
+        began = time.monotonic()
         learner.validate()
+        schedule.validated(time.monotonic() - began)
         watch(state, schedule, 0.0)
     learner.save()
     return state

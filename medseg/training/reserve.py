@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +50,13 @@ class Reserve:
     ----------
     validation_voxel : of a validation, for a prepared voxel.
     finishing : of everything that follows the loops, for all networks together.
+    slowness : how many times longer than expected the validations took since, in the order in which they were made;
+        the schedules of all networks add to it.
     """
 
     validation_voxel: float = 0.0
     finishing: float = 0.0
+    slowness: list[float] = field(default_factory=lambda: [1.0])
 
     def validation(self, job: Job) -> float:
         """Return the seconds of one validation of a network; its processes share the cases."""

@@ -83,6 +83,7 @@ class ByClock:
     validation : seconds expected of one validation; the last one must fit in.
     finishing : seconds that must be left after the loop, where a validation takes what is expected. How long
         validations really take says how much faster or slower the machine is now, and corrects both.
+    slowness : how many times longer than expected earlier validations took; those of this loop are added to it.
     """
 
     def __init__(
@@ -94,11 +95,12 @@ class ByClock:
         warmup: float,
         validation: float = 0.0,
         finishing: float = 0.0,
+        slowness: list[float] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.whole, self.warmup, self.validations, self.clock = seconds, warmup, validations, clock
         self.validation, self.finishing = validation, finishing
-        self._slowness = [1.0]
+        self._slowness = [1.0] if slowness is None else slowness
         self.seconds = self._for_steps()
         self._start = clock() - spent
         self._validated = math.floor(self._progress() * validations)
@@ -111,7 +113,7 @@ class ByClock:
 
     def _for_steps(self) -> float:
         # The median of the last three: a moment in which another program was busy must not throw the rate about.
-        slowness = statistics.median(self._slowness[-3:])
+        slowness = statistics.median(self._slowness[-3:] or [1.0])
         return max(LEAST_SHARE * self.whole, self.whole - slowness * (self.validation + self.finishing))
 
     def _progress(self) -> float:

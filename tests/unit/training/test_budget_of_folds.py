@@ -96,7 +96,7 @@ def command(make_spec: Any, make_plan: Any, *, budget: float, folds: int, cases:
             step += 1
             if schedule.validate_after(step):
                 schedule.validated(machine.works(cases * VALIDATION))
-        machine.works(cases * VALIDATION)  # of the last weights
+        schedule.validated(machine.works(cases * VALIDATION))  # of the last weights
         assert step > 20
     machine.works(folds * cases * (SCORING + JUDGING_SECONDS) + FIXED_SECONDS)
     return clock.now - began
@@ -111,6 +111,22 @@ def test_a_command_ends_within_three_percent_of_its_budget_on_an_evenly_busy_mac
 ) -> None:
     taken = command(make_spec, make_plan, budget=budget, folds=folds, cases=cases, slowness=lambda now: slow)
     assert 0.97 * budget <= taken <= 1.03 * budget
+
+
+def test_what_one_network_has_seen_of_the_machine_the_next_ones_know(make_spec: Any, make_plan: Any) -> None:
+    """One validation a network only, at its end: without the memory of the one before, each would start from 1."""
+    clock, reserve = Clock(), Reserve(0.001, 100.0)
+    request: Any = SimpleNamespace(budget=1000.0, replay=None)
+    job = job_of(make_spec, make_plan)
+    seconds = []
+    for _ in range(2):
+        schedule: Any = choose_schedule(
+            job, request, began=clock.now, reserve=reserve, networks_left=1, earlier=0.0, clock=clock
+        )(LoopState())
+        seconds.append(schedule.seconds)
+        for _ in range(3):
+            schedule.validated(3.0)
+    assert seconds == [pytest.approx(1000 - (1 + 100)), pytest.approx(1000 - 3 * (1 + 100))]
 
 
 def test_a_machine_that_gets_busy_takes_time_from_the_steps_and_not_from_the_end(
