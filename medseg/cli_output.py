@@ -9,6 +9,9 @@ import typer
 from medseg.cli_options import as_json, console, errors, say
 from medseg.files import legible
 
+NAMED = 10
+"""Ids that a line of the terminal names; files hold all."""
+
 
 def display(json: bool = False) -> Any:
     """Return a display on stdout; on stderr where stdout is read by a machine."""
@@ -62,6 +65,10 @@ def print_scores(result: Any) -> None:
     if failed:
         cases = ", ".join(f"{case} ({reason})" for case, reason in failed.items())
         say(f"{len(failed)} case(s) without a usable prediction count with Dice 0: {cases}")
+    if result.not_scored:
+        count, named = len(result.not_scored), ", ".join(result.not_scored[:NAMED])
+        more = f" and {count - NAMED} more" if count > NAMED else ""
+        say(f"{count} prediction(s) of which no reference case was chosen are not scored: {named}{more}")
 
 
 def _short(value: float | None) -> str:

@@ -100,7 +100,8 @@ def evaluate(
 
     A case without a readable prediction, or one that the ledger of `medseg predict` calls refused or failed, stays in
     the table as failed: Dice 0 is imputed for each label that its reference holds. A reference that cannot be read is
-    an error, because nothing can be said without it.
+    an error, because nothing can be said without it. Predictions of which no reference case was chosen are not scored;
+    summary.json lists their ids.
 
     Raises
     ------
@@ -135,7 +136,8 @@ def evaluate_against(chosen: Reference, predictions: Path, *, out: Path) -> Eval
     origin = {ours: str(told[key]) for key, ours in _PROVENANCE_KEYS.items() if key in told}
     differing = {} if names is None else names.told
     provenance = {**chosen.provenance, **origin, **differing, "medseg": version("medseg")}
-    evaluation = make_evaluation(chosen.targets, rows, provenance)
+    others = _others(predictions, {case.id for case in chosen.cases})
+    evaluation = make_evaluation(chosen.targets, rows, provenance, not_scored=others)
     write_evaluation(evaluation, out)
     return evaluation
 
@@ -192,6 +194,12 @@ def _mask_folder(folder: Path, predictions: Path, spec: Spec | Path | None) -> R
     colours = colours_for(values)
     targets = tuple(Target(f"label_{value}", (value,), colours[value]) for value in values)
     return Reference(None, cases, targets, {"dataset": "folder of masks", "split": "all"})
+
+
+def _others(predictions: Path, scored: Set[str]) -> list[str]:
+    """Return the ids of the label maps in a folder of predictions that are of no case in `scored`."""
+    found = {stem(path) for path in predictions.iterdir() if _is_label_map(path) and not path.name.startswith(".")}
+    return sorted(found - scored)
 
 
 def _is_label_map(path: Path) -> bool:

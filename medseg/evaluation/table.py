@@ -90,12 +90,14 @@ class Evaluation:
     rows : ordered by case, target, metric.
     summary : ordered by metric, target; the mean of the labels last.
     provenance : what was scored against what (names, digests, versions; no paths).
+    not_scored : ids of predictions that no reference case was compared with.
     """
 
     targets: tuple[Target, ...]
     rows: tuple[Row, ...]
     summary: tuple[SummaryRow, ...]
     provenance: Mapping[str, str]
+    not_scored: tuple[str, ...] = ()
 
     @property
     def mean_dice(self) -> float | None:
@@ -118,10 +120,12 @@ class Evaluation:
         return {row.case: row.value for row in chosen if row.value is not None}
 
 
-def make_evaluation(targets: Sequence[Target], rows: Iterable[Row], provenance: Mapping[str, str]) -> Evaluation:
+def make_evaluation(
+    targets: Sequence[Target], rows: Iterable[Row], provenance: Mapping[str, str], *, not_scored: Iterable[str] = ()
+) -> Evaluation:
     """Summarise rows."""
     kept = tuple(rows)
-    return Evaluation(tuple(targets), kept, summarise(kept, targets), dict(provenance))
+    return Evaluation(tuple(targets), kept, summarise(kept, targets), dict(provenance), tuple(not_scored))
 
 
 def summarise(rows: Sequence[Row], targets: Sequence[Target]) -> tuple[SummaryRow, ...]:
@@ -168,6 +172,7 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> None:
             "failed": evaluation.failed,
             "mean_dice": evaluation.mean_dice,
             "metrics": sorted({row.metric for row in evaluation.rows}),
+            "not_scored": list(evaluation.not_scored),
             "provenance": dict(evaluation.provenance),
             "summary": [asdict(row) for row in evaluation.summary],
             "targets": [asdict(target) for target in evaluation.targets],
@@ -188,6 +193,7 @@ def load_evaluation(folder: Path) -> Evaluation:
         targets = [Target(**{**row, "values": tuple(row["values"])}) for row in told["targets"]]
         rows = [_row(cells) for cells in csv.DictReader(io.StringIO(text))]
         provenance, expected = told["provenance"], told["cases_sha256"]
+        not_scored = [str(case) for case in told.get("not_scored", ())]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder}: this is no folder that `medseg evaluate --out` wrote ({type(error).__name__}: {error})",
@@ -198,7 +204,7 @@ def load_evaluation(folder: Path) -> Evaluation:
             f"{folder / CASES}: the table was changed after its summary was made; run `medseg evaluate` again",
             code="CHANGED_TABLE",
         )
-    return make_evaluation(targets, rows, provenance)
+    return make_evaluation(targets, rows, provenance, not_scored=not_scored)
 
 
 def _csv_text(kind: type[Row] | type[SummaryRow], rows: Sequence[Row | SummaryRow]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from medseg.errors import PlanError
+from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.plan import Plan
 
 ROUND = 32
@@ -15,21 +16,16 @@ MOST_VOXELS = 2**34
 """Of a prepared image: 64 GiB a channel. The largest CT of a whole body at 0.5 mm has a quarter of that."""
 
 
-def refuse_large_patch(plan: Plan) -> None:
+def refuse_large_patch(plan: Plan, fingerprint: Fingerprint | None = None) -> None:
     """Raise PlanError (PATCH_TOO_LARGE) where a patch is more than twice as long as the largest image along an axis.
 
     A patch may be larger than an image (what lies outside is zero); far larger ones cost time and memory for nothing.
     Also (PLAN) where the spacing is so fine that the largest image would have more than MOST_VOXELS voxels.
+
+    `fingerprint` : of the images that the plan is for; those that it was made from unless told.
     """
-    if plan.stored_axes:
-        return
-    letters = {letter: axis for axis, pair in enumerate(("RL", "AP", "SI")) for letter in pair}
-    largest = []
-    for place, letter in enumerate(plan.orientation):
-        axis = letters[letter]
-        size = plan.fingerprint.shapes[-1][axis] * plan.fingerprint.spacings[-1][axis] / plan.spacing[place]
-        largest.append(max(1, math.ceil(size - 1e-6)))
-    if math.prod(largest) > MOST_VOXELS:
+    largest = _largest(plan, fingerprint or plan.fingerprint)
+    if not plan.stored_axes and math.prod(largest) > MOST_VOXELS:
         raise PlanError(
             f"spacing {list(plan.spacing)} is far finer than the images': the largest would have "
             f"{'×'.join(map(str, largest))} voxels; it is in mm (of pictures in pixels), along the axes of "
@@ -43,3 +39,14 @@ def refuse_large_patch(plan: Plan) -> None:
             f"{'×'.join(map(str, largest))} voxels at the planned spacing; {whole} covers them all",
             code="PATCH_TOO_LARGE",
         )
+
+
+def _largest(plan: Plan, fingerprint: Fingerprint) -> list[int]:
+    """Return the voxels of the largest images along each axis of the plan, at its spacing.
+
+    Which way an image is stored is not known: along stored axes it is the longest side everywhere.
+    """
+    letters = {letter: axis for axis, pair in enumerate(("RL", "AP", "SI")) for letter in pair}
+    sides = [count * step for count, step in zip(fingerprint.shapes[-1], fingerprint.spacings[-1], strict=True)]
+    wanted = [max(sides) if plan.stored_axes else sides[letters[letter]] for letter in plan.orientation]
+    return [max(1, math.ceil(side / step - 1e-6)) for side, step in zip(wanted, plan.spacing, strict=True)]

@@ -25,6 +25,8 @@ WIDTH = 110
 """Of the lines of a plan on disk."""
 SCALES = (0.1, 10.0)
 """Beyond these a patch is a voxel, or reads a region that no memory holds; 0 or less is no scale at all."""
+MOST_ELASTIC = 20.0
+"""Voxels: ten times the usual. A patch would be folded over itself long before (preparation.space cuts it there)."""
 MOST_SEED = 2**63 - 1
 """The largest number that torch takes for a seed."""
 
@@ -59,7 +61,7 @@ class Augmentation(Config):
     rotation: float = Field(default=30.0, ge=0, le=180)  # degrees about each axis
     scale: tuple[float, float] = (0.7, 1.4)
     spatial_probability: float = Field(default=0.5, ge=0, le=1)
-    elastic: float = Field(default=2.0, ge=0)  # standard deviation of control points, voxels
+    elastic: float = Field(default=2.0, ge=0, le=MOST_ELASTIC)  # standard deviation of control points, voxels
     mirror_axes: tuple[int, ...] = (0, 1, 2)
     noise: float = Field(default=0.15, ge=0, le=1)
     blur: float = Field(default=0.15, ge=0, le=1)
@@ -181,7 +183,7 @@ class Plan(Config):
     overlap: float = Field(ge=0, lt=1)
     test_mirroring: bool
     seed: int = Field(ge=0, le=MOST_SEED)
-    budget_seconds: float | None = None
+    budget_seconds: float | None = Field(default=None, gt=0)
     measured: Measured | None = None
     fingerprint: Fingerprint
     nnunet: NnUNet | None = None

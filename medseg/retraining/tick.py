@@ -42,7 +42,7 @@ from medseg.tracking import fetch, list_versions, start
 from medseg.training.request import Request
 from medseg.training.run import train
 from medseg.training.start import FOLDER as START
-from medseg.training.start import kept_start
+from medseg.training.start import kept_start, single
 
 TICK = "tick"
 
@@ -132,7 +132,7 @@ def _tick(job: TickJob, decisions: Sequence[Decision], display: Display) -> Retr
     """Train, score, decide."""
     settings = job.settings
     former = current_aliases(settings.store, settings.name).get(CHAMPION)  # also: is the store alive?
-    model = _train(job, _start(job, former), display)
+    model = _train(job, _start(job, former, display), display)
     challenger = _candidate(job, model, _register(job, model))
     champion = None if former is None else _fetch(job, former)
     new = _score(job, challenger, display)
@@ -147,10 +147,11 @@ def _tick(job: TickJob, decisions: Sequence[Decision], display: Display) -> Retr
     return result_of(decision, _page(job))
 
 
-def _start(job: TickJob, former: int | None) -> Path | None:
+def _start(job: TickJob, former: int | None, display: Display) -> Path | None:
     """Return the model that the training begins with.
 
-    Of a training that has begun it is the copy in its folder, whoever is the champion now.
+    Of a training that has begun it is the copy in its folder, whoever is the champion now. Of an ensemble of
+    configurations, which has no weights of its own, it is the member with the best validation Dice.
 
     Raises
     ------
@@ -162,9 +163,16 @@ def _start(job: TickJob, former: int | None) -> Path | None:
         return None if kept_start(job.run) is None else job.run / START
     if former is None:
         return None
-    model = _fetch(job, former).model
-    refuse_known_gate(job, open_bundle(model).info)
-    return model
+    champion = open_bundle(_fetch(job, former).model)
+    model = single(champion)
+    refuse_known_gate(job, model.info)
+    if model is not champion:
+        number = champion.members.index(model)
+        display.say(
+            f"the champion, version {former}, is an ensemble of {len(champion.members)} configurations: the training "
+            f"begins with {champion.info.members[number].name}, its member with the best validation Dice"
+        )
+    return model.folder
 
 
 def _train(job: TickJob, start: Path | None, display: Display) -> Path:

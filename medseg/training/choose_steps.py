@@ -194,10 +194,13 @@ def evidence_csv(rows: Sequence[Evidence]) -> str:
     return text.getvalue()
 
 
-def told(steps: Sequence[PostStep], trial: StepTrial, *, folds: int) -> str:
-    """Say in a line what was chosen, and how much that is worth."""
+def told(steps: Sequence[PostStep], trial: StepTrial, *, folds: int, basis: str = "") -> str:
+    """Say in a line what was chosen, and how much that is worth.
+
+    `basis` : what the cases are, where they are not simply out-of-fold or validation cases.
+    """
     cases = max((len(rows) for rows in trial.dice.values()), default=0)
-    basis = f"{cases} out-of-fold cases" if folds > 1 else f"{cases} validation cases of a single split"
+    basis = f"{cases} {basis or ('out-of-fold cases' if folds > 1 else 'validation cases of a single split')}"
     if not trial.complete:
         return "post-processing: none chosen, the budget left no time to try it"
     if not any(len(rows) >= MIN_CASES for rows in trial.dice.values()):

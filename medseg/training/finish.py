@@ -43,7 +43,7 @@ from medseg.training.drawn import write_drawn
 from medseg.training.loop import Job
 from medseg.training.quality import Seen, fit_seen
 from medseg.training.quality import told as quality_told
-from medseg.training.start_told import seen_by, start_facts, validation_seen
+from medseg.training.start_told import basis_of, seen_by, start_facts, validation_seen
 from medseg.training.state import LoopState
 from medseg.training.temperature import VoxelSample
 from medseg.volume import Volume, reorient, shown_axes
@@ -69,7 +69,7 @@ def finish_run(
     `hurry`: whether there is a budget, so that post-processing is tried only as long as it takes little.
     """
     display.stage("scoring")
-    scored = _score(out, jobs, states, display, hurry=hurry)
+    scored = _score(out, jobs, states, dataset_digest, display, hurry=hurry)
     steps, evidence = scored.trial.choose()
     calibration = scored.sample.fit()
     info = make_info(jobs, states, dataset_digest, tracker.run_id)
@@ -84,9 +84,10 @@ def finish_run(
     }
     bundle = save_bundle(out / "6_model", info.model_copy(update=update), weights_of(states))
     write_text(report / "postprocess.csv", evidence_csv(evidence))
-    display.say(told(steps, scored.trial, folds=len(jobs)))
+    basis = basis_of(jobs)
+    display.say(told(steps, scored.trial, folds=len(jobs), basis=basis))
     if calibration is not None:
-        display.say(_calibrated(calibration))
+        display.say(_calibrated(calibration, basis))
         tracker.metrics(
             {name: getattr(calibration, name) for name in ("temperature", "ece_before", "ece_after")},
             step=states[-1].step,
@@ -108,10 +109,10 @@ def finish_run(
     return bundle
 
 
-def _calibrated(found: Calibration) -> str:
+def _calibrated(found: Calibration, basis: str) -> str:
     return (
         f"calibration: temperature {found.temperature:g}, expected calibration error {found.ece_before:.4f} before, "
-        f"{found.ece_after:.4f} after ({found.voxels} voxels of {found.cases} cases)"
+        f"{found.ece_after:.4f} after ({found.voxels} voxels of {found.cases} {basis})"
     )
 
 
@@ -201,7 +202,15 @@ class Scored:
         self.trying += time.monotonic() - began
 
 
-def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display: Display, *, hurry: bool) -> Scored:
+def _score(
+    out: Path,
+    jobs: Sequence[Job],
+    states: Sequence[LoopState],
+    dataset_digest: str,
+    display: Display,
+    *,
+    hurry: bool,
+) -> Scored:
     """Predict every validation case with the network that has not seen it, on its source grid.
 
     Masks and tables of each fold are written beside it, one table of all folds into 7_report.
@@ -212,7 +221,7 @@ def _score(out: Path, jobs: Sequence[Job], states: Sequence[LoopState], display:
     evaluations, folds = [], []
     for job, state in zip(jobs, states, strict=True):
         place = out / "5_folds" / str(_number(job)) / "validation"
-        info = make_info([job], [state], "", None)
+        info = make_info([job], [state], dataset_digest, None)
         single = save_bundle(place / "model", info, weights_of([state]))
         model = Model(single, [n.to(job.device) for n in load_networks(single)], job.device)
         write_json(place / "predictions.json", single.info.provenance(None))

@@ -265,7 +265,9 @@ class _Work:
         """Make 3_plan.yaml, or read the one made before (or given)."""
         file, origin = self.out / "3_plan.yaml", kept_start(self.out)
         if file.exists():
-            return as_started(read_plan(file), self.dataset.spec, origin)
+            plan = as_started(read_plan(file), self.dataset.spec, origin)
+            refuse_large_patch(plan, fingerprint)  # it may have been edited
+            return plan
         if self.request.plan or self.request.replay:
             given = self.request.plan or (self.request.replay or Path()) / "3_plan.yaml"
             plan = override(read_plan(given), self.request.settings)
@@ -285,7 +287,7 @@ class _Work:
                 f"the plan normalises the channels {', '.join(plan.normalisation)}, the dataset has "
                 f"{', '.join(self.dataset.spec.channels)}; name them in this order"
             )
-        refuse_large_patch(plan)
+        refuse_large_patch(plan, fingerprint)
         make_network(self.dataset.spec, plan)
         LOSSES[plan.loss]
         write_plan(file, plan, reasons)

@@ -74,6 +74,19 @@ def open_start(request: Request, spec: Spec) -> Bundle | None:
     return bundle
 
 
+def single(bundle: Bundle) -> Bundle:
+    """Return the model itself; of an ensemble of configurations the member with the highest mean validation Dice.
+
+    The mean is over labels, and among equals the first member counts. Its members were compared on the same cases.
+    """
+
+    def dice(member: Bundle) -> float:
+        found = member.info.training.get("dice") or {}
+        return sum(found.values()) / len(found) if found else -1.0
+
+    return max(bundle.members, key=dice, default=bundle)
+
+
 def misfits(bundle: Bundle, spec: Spec) -> list[str]:
     """Return why the weights of a model are of no use for a dataset, in words; nothing where they fit."""
     old = bundle.info.spec

@@ -31,6 +31,16 @@ def validation_seen(job: Job) -> list[str] | None:
     return [case.id for case in job.validation if job.images.get(case.id) in job.start.seen]
 
 
+def basis_of(jobs: Sequence[Job]) -> str:
+    """Say what the validation cases of a training are: cases that a network knew before are not out of its fold."""
+    what = "out-of-fold cases" if len(jobs) > 1 else "validation cases of a single split"
+    seen = [validation_seen(job) for job in jobs]
+    known = len({case for found in seen for case in found or ()})
+    if known:
+        return f"{what.removeprefix('out-of-fold ')}, of which the model knew {known} before"
+    return f"{what.removeprefix('out-of-fold ')}, which the model may have known before" if None in seen else what
+
+
 def start_facts(jobs: Sequence[Job]) -> dict[str, Any]:
     """Return what the bundle says about its beginning, nothing for random weights."""
     start = jobs[0].plan.start

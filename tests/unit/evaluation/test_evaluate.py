@@ -76,6 +76,18 @@ def test_files_are_complete_and_deterministic(three: World, tmp_path: Path) -> N
     assert str(tmp_path) not in text
 
 
+def test_predictions_without_a_chosen_reference_are_listed(three: World) -> None:
+    for name in ("x9", "a2"):
+        three.predict(name, bar(4, 2))
+    (three.predictions / ".partial-b.nii.gz").write_bytes(b"")
+    (three.predictions / "notes.txt").write_text("no mask")
+    evaluation = run(three)
+    assert evaluation.not_scored == ("a2", "x9")
+    assert json.loads((three.out / "summary.json").read_text())["not_scored"] == ["a2", "x9"]
+    assert load_evaluation(three.out) == evaluation
+    assert evaluation.cases == ("a", "b", "c"), "what is scored stays the same"
+
+
 def test_a_changed_table_is_refused(three: World) -> None:
     run(three)
     table = three.out / "cases.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from medseg.bundle import open_bundle
+from medseg.bundle import Member, open_bundle
 from medseg.cases import content_digests
+from medseg.display import Display
 from medseg.errors import ExportError, MedsegError, RetrainingError
 from medseg.evaluation.evaluate import targets_of
 from medseg.evaluation.table import Evaluation, Row, make_evaluation, write_evaluation
@@ -411,6 +414,36 @@ def test_a_training_begins_with_the_champion_of_its_beginning(world: World) -> N
     world.tick()
     assert world.starts[2] == second / "0_start", "a training that has begun keeps its beginning"
     assert world.trained == [first, second]
+
+
+def test_of_a_champion_of_several_configurations_the_best_member_is_fine_tuned(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ensemble has no weights of its own: without a choice every later tick would end in START_DIFFERS."""
+    world.config = world.write_job(training={"steps": 2, "start": "champion"})
+    world.tick(0.6)
+    world.copy("c4", "data")
+    real = tick.open_bundle
+
+    def several(path: Path) -> Any:
+        bundle = real(path)
+        if "models" not in path.parts:
+            return bundle
+        members = []
+        for number, dice in enumerate((0.7, 0.8)):
+            place = path / f"member_{number}"
+            shutil.copytree(world.trained[0] / "6_model", place, dirs_exist_ok=True)
+            info = bundle.info.model_copy(update={"training": {"dice": {"ball": dice, "box": dice}}})
+            members.append(replace(bundle, folder=place, info=info))
+        named = tuple(Member(name=name, digest="0" * 64, networks=1) for name in ("flat", "deep"))
+        return replace(bundle, info=bundle.info.model_copy(update={"members": named}), members=tuple(members))
+
+    monkeypatch.setattr(tick, "open_bundle", several)
+    said = io.StringIO()
+    world.tick(0.7, display=Display(Console(file=said, width=400)))
+    assert world.starts[1] is not None
+    assert world.starts[1].name == "member_1"
+    assert "is an ensemble of 2 configurations: the training begins with deep" in said.getvalue()
 
 
 def test_a_champion_that_knows_the_gate_is_not_fine_tuned(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,8 @@ from medseg.planning.plan import Measured, read_plan
 from medseg.targets import channel_names
 from medseg.training import finish, plan_from
 from medseg.training.request import Request
-from medseg.training.start import StartWeights, begin, choose_weights, class_places
+from medseg.training.start import StartWeights, begin, choose_weights, class_places, single
+from medseg.training.start_told import basis_of
 from medseg.training.state import load_state
 
 Builder = Callable[..., Path]
@@ -241,6 +243,38 @@ def test_the_quality_estimate_leaves_out_what_the_model_knew(
     tuned(data, model, tmp_path / "run", folds=2, display=SpeakingDisplay(said))
     assert [len(cases) for cases in asked] == [2], "of four cases, one of each fold was known"
     assert any("2 cases without the 2 that the model knew before are too few" in line for line in said), said
+
+
+@pytest.mark.parametrize(
+    ("seen", "folds", "expected"),
+    [
+        (None, 2, "out-of-fold cases"),
+        (None, 1, "validation cases of a single split"),
+        ({"9"}, 2, "out-of-fold cases"),
+        ({"1"}, 2, "cases, of which the model knew 1 before"),
+        ({"0", "1"}, 1, "validation cases of a single split, of which the model knew 1 before"),
+        (set(), 2, "cases, which the model may have known before"),
+    ],
+)
+def test_cases_that_the_model_knew_are_not_called_out_of_fold(seen: set[str] | None, folds: int, expected: str) -> None:
+    """Fold n validates case n, whose image has the digest n; `seen`: by the model that the training began with."""
+    start = None if seen is None else SimpleNamespace(seen=frozenset(seen))
+    jobs: list[Any] = [
+        SimpleNamespace(validation=[SimpleNamespace(id=f"c{n}")], images={f"c{n}": str(n)}, start=start)
+        for n in range(1, folds + 1)
+    ]
+    assert basis_of(jobs) == expected
+
+
+def test_of_an_ensemble_the_best_member_is_fine_tuned(
+    make_spec: Any, make_plan: Any, make_bundle: Any, tmp_path: Path
+) -> None:
+    spec = make_spec()
+    bundle = make_bundle(tmp_path / "m", spec, make_plan(spec))
+    rows = ({"a": 0.6, "b": 0.7}, {"a": 0.9, "b": 0.5}, {"a": 0.7, "b": 0.7}, {})
+    members = [replace(bundle, info=bundle.info.model_copy(update={"training": {"dice": row}})) for row in rows]
+    assert single(replace(bundle, members=tuple(members))) is members[1], "the first of equals"
+    assert single(bundle) is bundle
 
 
 def test_other_labels_on_the_same_images_are_the_same_images(

@@ -11,6 +11,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from medseg import api
@@ -127,6 +128,47 @@ def test_a_patch_far_larger_than_the_images_is_refused(tmp_path: Path, tiny_data
             command(data, steps=1, settings=(*QUICK, "patch_size=[512,24,24]"))
         assert caught.value.code == "PATCH_TOO_LARGE"
     assert not (tmp_path / "run" / "3_plan.yaml").exists()
+
+
+def test_a_plan_is_held_against_the_images_that_are_there(
+    tmp_path: Path, tiny_dataset: Builder, tiny_plan: Builder
+) -> None:
+    """Edited by hand, or made for larger images: what its own fingerprint says is not what will be prepared."""
+    data = tiny_dataset(tmp_path / "data", cases=3, test=0)
+    file = tiny_plan(data, tmp_path / "plan.yaml", steps=1)
+    plan = yaml.safe_load(file.read_text())
+    plan["patch_size"] = [512, 512, 512]
+    plan["fingerprint"]["shapes"][-1] = [400, 400, 400]
+    file.write_text(yaml.safe_dump(plan))
+    with pytest.raises(PlanError, match="20×22×18 voxels") as caught:
+        api.train(data, out=tmp_path / "run", plan=file, steps=1)
+    assert caught.value.code == "PATCH_TOO_LARGE"
+
+
+def test_a_plan_that_was_edited_in_the_run_folder_is_checked(
+    tmp_path: Path, tiny_dataset: Builder, tiny_plan: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=3, test=0)
+    file = tiny_plan(data, tmp_path / "plan.yaml", steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "prepare_cases", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            api.train(data, out=tmp_path / "run", plan=file, steps=1)
+    kept = tmp_path / "run" / "3_plan.yaml"
+    plan = yaml.safe_load(kept.read_text())
+    kept.write_text(yaml.safe_dump({**plan, "patch_size": [512, 24, 24]}))
+    with pytest.raises(PlanError, match="far larger than any image"):
+        api.train(data, out=tmp_path / "run", plan=file, steps=1)
+
+
+def test_a_plan_of_stored_axes_is_checked_by_the_longest_side(
+    make_spec: Make, make_plan: Make, make_fingerprint: Make
+) -> None:
+    fingerprint = make_fingerprint((20, 100, 400))
+    plan = make_plan(make_spec(), orientation="IJK", patch_size=(832, 832, 832), fingerprint=fingerprint)
+    refuse_large_patch(plan)
+    with pytest.raises(PlanError, match="far larger"):
+        refuse_large_patch(plan.model_copy(update={"patch_size": (833, 20, 100)}))
 
 
 def test_a_spacing_that_no_memory_holds_is_refused(make_spec: Make, make_plan: Make, make_fingerprint: Make) -> None:

@@ -284,7 +284,9 @@ def test_post_processing_is_chosen_from_what_the_networks_have_not_learnt_and_ca
 def test_validation_masks_name_the_network_that_made_them(model: Path) -> None:
     place = model / "5_folds" / "0" / "validation"
     told = json.loads((place / "predictions.json").read_text())
-    assert told["model_hash"] == open_bundle(place / "model").info.digest
+    info = open_bundle(place / "model").info
+    assert told["model_hash"] == info.digest
+    assert told["dataset_hash"] == info.dataset_digest == open_bundle(model).info.dataset_digest != ""
 
 
 def test_trying_post_processing_takes_a_share_of_a_budget_only(make_spec: Any, make_fingerprint: Any) -> None:
