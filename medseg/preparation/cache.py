@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.transforms import Transform
 from numpy.typing import NDArray
 
@@ -57,7 +58,7 @@ class CaseCache(Transform):
         return self._map(case, self.place(case))
 
     def _map(self, case: Case, place: Path) -> dict[str, Any]:
-        arrays = {name.removesuffix(".npy"): np.load(place / name, mmap_mode="r") for name in _FILES}
+        arrays = {name.removesuffix(".npy"): mapped(place / name) for name in _FILES}
         self._open[case.id] = {"case": case, **arrays}
         return self._open[case.id]
 
@@ -72,8 +73,7 @@ class CaseCache(Transform):
 
     def content(self, case: Case) -> str:
         """Return the digest of the prepared arrays of a case that is open."""
-        place = Path(self._open[case.id]["image"].filename).parent
-        return digest(json.loads((place / "meta.json").read_text(encoding="utf-8"))["files"])
+        return digest(json.loads((self.place(case) / "meta.json").read_text(encoding="utf-8"))["files"])
 
     def _store(self, data: Mapping[str, Any]) -> Path:
         place = self.place(data["case"])
@@ -128,6 +128,22 @@ def class_locations(spec: Spec, mask: NDArray[Any]) -> NDArray[np.int32]:
         places = np.unravel_index(found[spread], mask.shape)
         rows.append(np.column_stack([np.full(len(spread), number), *places]).astype(np.int32))
     return np.concatenate(rows)
+
+
+def mapped(path: Path) -> NDArray[Any]:
+    """Return the array of an .npy file, memory-mapped and read-only, without an open file behind it.
+
+    numpy's own maps keep their file open, three a case: a process may have 1024 open files on most systems, and a
+    dataset has more cases than a third of that.
+    """
+    stored = np.load(path, mmap_mode="r")
+    # Shared: private maps count as memory where the system promises no more than it has (vm.overcommit_memory=2).
+    raw = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    array: NDArray[Any] = (
+        raw[stored.offset :].view(stored.dtype).reshape(stored.shape, order="F" if np.isfortran(stored) else "C")
+    )
+    array.flags.writeable = False
+    return array
 
 
 def _npy_writer(array: NDArray[Any]) -> Callable[[Path], None]:

@@ -16,7 +16,7 @@ from medseg.cases import source_digest
 from medseg.errors import MedsegError, ReadError
 from medseg.planning.plan import Plan
 from medseg.preparation import cache as module
-from medseg.preparation.cache import CaseCache, class_locations, prepare_cases
+from medseg.preparation.cache import CaseCache, class_locations, mapped, prepare_cases
 from medseg.preparation.path import after_cache, training_path, up_to_cache
 from medseg.spec import Case, Spec
 
@@ -62,11 +62,13 @@ def stored_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_arrays_are_memory_maps_of_what_was_prepared(tmp_path: Path, spec: Spec, plan: Plan, case: Case) -> None:
-    opened = prepared(tmp_path / "cache", spec, plan, case)(case)
+    cache = prepared(tmp_path / "cache", spec, plan, case)
+    opened = cache(case)
     image, mask, locations = opened["image"], opened["mask"], opened["locations"]
     for array in (image, mask, locations):
-        assert isinstance(array, np.memmap)
         assert not array.flags.writeable
+    maps = Path("/proc/self/maps").read_text()
+    assert all(f"{cache.place(case)}/{name}.npy" in maps for name in ("image", "mask", "locations"))
     assert image.shape == mask.shape == (1, 12, 11, 10)
     assert image.dtype == np.float32
     assert mask.dtype == np.uint8
@@ -76,6 +78,26 @@ def test_arrays_are_memory_maps_of_what_was_prepared(tmp_path: Path, spec: Spec,
     assert np.array_equal(mask[0], source[::-1, ::-1])
     assert {(int(label), int(mask[0, i, j, k])) for label, i, j, k in locations} == {(0, 7), (1, 3)}
     assert opened["case"] == case
+
+
+def test_opened_cases_hold_no_files_open(tmp_path: Path, spec: Spec, plan: Plan) -> None:
+    """A process may have 1024 on most systems, three a case were all of them with 341 cases."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    cases = [write_case(tmp_path / "data", f"case{number}", seed=number) for number in range(5)]
+    cache = prepared(tmp_path / "cache", spec, plan, *cases)
+    opened = [cache(case) for case in cases]
+    assert len(opened) == 5
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("array", [np.arange(24, dtype=">i2").reshape(2, 3, 4), np.zeros((0, 4), np.int32),
+                                   np.asfortranarray(np.arange(6.0).reshape(2, 3))])  # fmt: skip
+def test_a_mapped_file_is_what_numpy_reads(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "array.npy", array)
+    found = mapped(tmp_path / "array.npy")
+    assert found.dtype == array.dtype
+    assert found.shape == array.shape
+    assert np.array_equal(found, array)
 
 
 def test_a_stored_case_is_not_prepared_again(tmp_path: Path, spec: Spec, plan: Plan, case: Case) -> None:
