@@ -107,25 +107,32 @@ def forecast(case: Case, *, networks: int = 1, held: int | None = None, limit: i
     where = layout(size.after, plan, case.preset)
     lines = ways_back((size.step,), where)
     network = network_bytes(case, where.deep)
-    need = _need(case, where, lines, (1, 1), network)
+    need = terms(case, where, lines, (1, 1), network)
     need = replace(need, held=held if held is not None else LIBRARIES + networks * weights_bytes(case))
     if limit is None or need.total <= limit:
         return need
     a, b = (line.before for line in lines[1:])
     best = need
-    for tiles in _cuts(a, b):
-        cut = replace(_need(case, where, lines, tiles, network), held=need.held)
+    for tiles in cuts(a, b):
+        cut = replace(terms(case, where, lines, tiles, network), held=need.held)
         best = min(best, cut, key=lambda each: each.total)
         if cut.total <= limit:
             return cut
+    return require(best, case.shape, limit)
+
+
+def require(need: Need, shape: tuple[int, int, int], limit: int | None) -> Need:
+    """Return what is needed; raise BatchError (MAX_MEMORY) if that is more than what is allowed."""
+    if limit is None or need.total <= limit:
+        return need
     raise BatchError(
-        f"the prediction of an image of {case.shape} takes at least {best.text}; --max-memory allows {said(limit)}: "
+        f"the prediction of an image of {shape} takes at least {need.text}; --max-memory allows {said(limit)}: "
         "allow more",
         code="MAX_MEMORY",
     )
 
 
-def _cuts(a: int, b: int) -> Iterator[tuple[int, int]]:
+def cuts(a: int, b: int) -> Iterator[tuple[int, int]]:
     """Yield numbers of tiles along A and B, more and more, as square as they may be, down to 4 cells."""
     rows, columns = 1, 1
     while max(a / rows, b / columns) > 4:
@@ -136,7 +143,8 @@ def _cuts(a: int, b: int) -> Iterator[tuple[int, int]]:
         yield rows, columns
 
 
-def _need(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], network: int) -> Need:
+def terms(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], network: int) -> Need:
+    """Return the terms of the formula, without what is held already; `network` as `network_bytes` has it."""
     classes = len(channel_names(case.spec))
     channels = len(case.spec.channels)
     voxels = math.prod(case.shape)
@@ -146,7 +154,8 @@ def _need(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
     fine = math.prod(math.ceil(line.after / count) + 1 for line, count in zip(lines[1:], tiles, strict=True))
     plane, deep = a * b, where.deep[where.axis]
     mask = voxels * label_type(case.spec)().itemsize
-    prepared = math.prod(where.shape) * FLOAT * (channels + former)
+    channels += former > 0
+    prepared = math.prod(where.shape) * FLOAT * channels
     copies = (where.padded != where.shape) + (former > 0)
     at_once = math.ceil(max(1, lines[0].after / lines[0].before))
     block = min(classes * plane, max(BLOCK, plane))
@@ -155,14 +164,16 @@ def _need(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
     mixing = min(PAIRS, fine * classes) * 160 if any(line.mixes for line in lines) else 0
     return Need(
         held=0,
-        image=voxels * case.itemsize * channels,
+        image=voxels * case.itemsize * len(case.spec.channels),
         prepared=prepared + copies * math.prod(where.padded) * FLOAT * channels,
         mask=mask * (1 + (former > 0)),
         slab=(classes + 1) * deep * plane * FLOAT,
         planes=(3 * classes + chances + 8) * plane * FLOAT + 3 * block * FLOAT,
-        window=network + 4 * classes * window * FLOAT,
+        window=network + (4 * classes + former) * window * FLOAT,
         painting=fine * (8 * FLOAT + 4 * at_once) + mixing,
-        preparing=3 * min(SLAB, voxels * FLOAT) + _between(case, where) + former * voxels * 8,
+        preparing=3 * min(SLAB, voxels * FLOAT)
+        + _between(case, where)
+        + (former > 0) * (5 * voxels + 16 * math.prod(where.shape)),
         tiles=tiles,
     )
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
@@ -15,11 +17,14 @@ from medseg.device import best_device
 from medseg.errors import BundleError
 from medseg.inference.air import air_limits, skipping_air
 from medseg.inference.chosen import usable
+from medseg.inference.joint import Member, Wanted, bring_back
+from medseg.inference.joint_memory import cut_plane, forecast_joint, preparing
 from medseg.inference.labels import Key, paint
 from medseg.inference.memory import Case, Tile, forecast, tiles_of
 from medseg.inference.postprocess import postprocess
 from medseg.inference.presets import EXACT, QUALITY, Preset, in_parts
-from medseg.inference.sliding_window import joined, mirrorings, planes, window_logits
+from medseg.inference.sliding_window import Predictor, joined, mirrorings, planes, window_logits
+from medseg.inference.way import Box, Way, axis_of, shared_axis, way
 from medseg.inference.way_back import seen, ways_back
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
@@ -27,8 +32,15 @@ from medseg.preparation.prepare import prepare
 from medseg.preparation.steps import Step, restore
 from medseg.quality.apply import Quality, estimate
 from medseg.quality.signs import Notes, make_notes
-from medseg.targets import background_logits, decode, label_type, mean_logits, probabilities
+from medseg.targets import background_logits, exclusive, label_type
 from medseg.volume import Volume
+
+Room = Callable[[tuple[int, ...]], NDArray[Any]]
+
+
+def in_memory(shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return an array of zeros in single precision."""
+    return np.zeros(shape, np.float32)
 
 
 @dataclass(frozen=True)
@@ -98,18 +110,24 @@ class Prediction:
 
 
 def predict_case(
-    model: Model, image: Volume, *, mirror: bool | None = None, soft: bool = False, max_memory: int | None = None
+    model: Model,
+    image: Volume,
+    *,
+    mirror: bool | None = None,
+    soft: bool = False,
+    room: Room = in_memory,
+    max_memory: int | None = None,
 ) -> Prediction:
-    """Segment one image; parameters and errors as for `predict_volume`.
+    """Segment one image; parameters and errors as for `predict_volume`, with `soft` and `room` as for `predict_soft`.
 
     The estimate of quality asks the networks nothing more than the mask does.
     """
     notes = _wanted_notes(model, mirror)
+    chances: Volume | None = None
     if soft:
-        mask, chances = predict_soft(model, image, mirror=mirror, notes=notes)
+        mask, chances = predict_soft(model, image, mirror=mirror, notes=notes, max_memory=max_memory, room=room)
     else:
         mask = predict_volume(model, image, mirror=mirror, notes=notes, max_memory=max_memory)
-        chances = None
     fitted = model.bundle.info.quality
     quality = None if notes is None or fitted is None else estimate(fitted, notes.signs(mask))
     return Prediction(mask, chances, quality)
@@ -149,7 +167,7 @@ def predict_volume(
     notes : are filled with what the prepared image is like, and what each pass says; not for ensembles of
         configurations.
     max_memory : bytes that the process may take: planes are then predicted in as many tiles as that needs, with the
-        very same answer. It does not bound ensembles of configurations.
+        very same answer.
 
     Returns
     -------
@@ -163,8 +181,8 @@ def predict_volume(
     """
     info = model.bundle.info
     if model.members:
-        mask = decode(info.spec, predict_logits(model, image, mirror=mirror)).numpy()
-        return postprocess(image.with_array(mask), info.postprocess, info.spec)
+        found = image.with_array(_joint(model, image, mirror, max_memory=max_memory))
+        return postprocess(found, info.postprocess, info.spec)
     tiles = (1, 1)
     if max_memory is not None:
         held = resident() - image.array.nbytes
@@ -182,51 +200,112 @@ def predict_volume(
 
 @torch.inference_mode()
 def predict_soft(
-    model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None
+    model: Model,
+    image: Volume,
+    *,
+    mirror: bool | None = None,
+    notes: Notes | None = None,
+    max_memory: int | None = None,
+    room: Room = in_memory,
 ) -> tuple[Volume, Volume]:
     """Segment one image like `predict_volume`, and keep what the network thinks of each voxel.
+
+    Parameters
+    ----------
+    room : makes the array of probabilities (segments, I, J, K), float32 or uint8 (in steps of 1/255), filled with
+        zeros; in memory and float32 unless told, which is the one thing here that grows with classes × volume.
 
     Returns
     -------
     tuple of two Volumes
-        The mask, and (segments, I, J, K) float32 from 0 to 1 on its grid: a channel a label of the spec (softmax,
-        the background left out), or a region where it has regions (sigmoid). These take 4 bytes a voxel and segment
-        beside the logits of the same size, on the grid of the image. They are the network's, with the temperature of
-        the bundle: post-processing does not change them.
+        The mask, and (segments, I, J, K) from 0 to 1 on its grid: a channel a label of the spec (softmax, the
+        background left out), or a region where it has regions (sigmoid). They are the network's, with the temperature
+        of the bundle: post-processing does not change them.
     """
     info = model.bundle.info
-    found = _restored(model, image, mirror, notes)
-    mask = image.with_array(decode(info.spec, found).numpy())
-    soft = probabilities(info.spec, _as_logits(model, found), temperature=info.temperature)
-    return postprocess(mask, info.postprocess, info.spec), image.with_array(soft.numpy())
+    soft = room((len(Key.of(info.spec).values) - exclusive(info.spec), *image.shape))
+    mask = image.with_array(_joint(model, image, mirror, notes, soft=soft, max_memory=max_memory))
+    return postprocess(mask, info.postprocess, info.spec), image.with_array(soft)
+
+
+def _joint(
+    model: Model,
+    image: Volume,
+    mirror: bool | None,
+    notes: Notes | None = None,
+    *,
+    soft: NDArray[Any] | None = None,
+    max_memory: int | None = None,
+) -> NDArray[Any]:
+    """Return the label values (1, I, J, K) of the mean of an ensemble, or of a model; write probabilities to `soft`."""
+    info = model.bundle.info
+    models = model.members or (model,)
+    tiles = (1, 1)
+    if max_memory is not None:
+        cases, item = [case_of(each, image) for each in models], 0 if soft is None else soft.itemsize
+        in_file, held = isinstance(soft, np.memmap), max(0, resident() - image.array.nbytes)
+        tiles = forecast_joint(cases, soft=item, in_file=in_file, held=held, limit=max_memory).tiles
+    shared: dict[str, tuple[Tensor, tuple[Step, ...]]] = {}
+    grids: list[tuple[Tensor, tuple[Step, ...], Layout]] = []
+    for each in models:
+        key = preparing(each.bundle.info.plan) if each.previous is None else str(id(each))
+        shared[key] = shared.get(key) or _prepared(each, image, mirror, notes, max_memory)
+        prepared, steps = shared[key]
+        grids.append((prepared, steps, layout(prepared.shape[1:], each.bundle.info.plan, each.preset)))
+    axis = shared_axis([(steps, where) for _, steps, where in grids])
+    falling = axis_of(grids[0][1], axis)[1]
+    members = [
+        _member(each, image, mirror, notes, grid, axis, falling) for each, grid in zip(models, grids, strict=True)
+    ]
+    mask = np.zeros((1, *image.shape), label_type(info.spec))
+    background = background_logits(info.spec).to(model.device)
+    wanted = Wanted(mask[0], soft, Key.of(info.spec), background, info.temperature)
+    bring_back(members, wanted, axis, cut_plane(image.shape, axis, tiles), falling=falling)
+    return mask
+
+
+def _member(
+    model: Model,
+    image: Volume,
+    mirror: bool | None,
+    notes: Notes | None,
+    grid: tuple[Tensor, tuple[Step, ...], Layout],
+    axis: int,
+    falling: bool,
+) -> Member:
+    """Return how a model is asked, and how its planes lead back, slice by slice across an axis of the source."""
+    prepared, steps, where = grid
+    own, turned = axis_of(steps, axis)
+    where, backwards = replace(where, along=own), turned != falling
+    visited: set[tuple[int, ...]] = set()
+
+    def planes_of(tile: Tile) -> Iterator[Tensor]:
+        return _planes(model, prepared, where, mirror, notes, tile=tile, visited=visited, backwards=backwards)
+
+    def way_of(part: Box) -> Way | None:
+        return way(image.shape, steps, where, axis, part, backwards=backwards)
+
+    info = model.bundle.info
+    return Member(planes_of, way_of, info.temperature, chances=_soft_planes(info.plan))
 
 
 @torch.inference_mode()
 def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None, notes: Notes | None = None) -> Tensor:
     """Return the logits (K, I, J, K') on the grid of the image, all at once; raises as `predict_volume`.
 
-    Those of an ensemble stand for the mean of its members' probabilities (see `medseg.targets.mean_logits`).
+    Not of an ensemble of configurations: what it says is the mean of its members' probabilities.
     """
-    return _as_logits(model, _restored(model, image, mirror, notes))
-
-
-def _as_logits(model: Model, found: Tensor) -> Tensor:
-    """Return logits whose softmax is `found` where these are probabilities; they are brought back as the plan says."""
-    return found.clamp(min=torch.finfo(found.dtype).tiny).log() if _soft_planes(model.bundle.info.plan) else found
-
-
-def _soft_planes(plan: Plan) -> bool:
-    return plan.monai is not None and plan.monai.softmax
-
-
-def _restored(model: Model, image: Volume, mirror: bool | None, notes: Notes | None) -> Tensor:
-    if model.members:
-        return ensemble_logits(model.members, image, mirror=mirror)
     info = model.bundle.info
     prepared, steps = _prepared(model, image, mirror, notes)
     where = layout(prepared.shape[1:], info.plan, model.preset)
     logits = joined((plane.cpu() for plane in _planes(model, prepared, where, mirror, notes)), where)
-    return restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
+    found = restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
+    return found.clamp(min=torch.finfo(found.dtype).tiny).log() if _soft_planes(info.plan) else found
+
+
+def _soft_planes(plan: Plan) -> bool:
+    """Tell whether probabilities are brought back to the grid of the image, not logits."""
+    return plan.monai is not None and plan.monai.softmax
 
 
 def case_of(model: Model, image: Volume) -> Case:
@@ -262,8 +341,7 @@ def _prepared(
     if notes is not None:
         notes.look(prepared, list(found.spacing), image)
     if found.previous is not None:
-        labels = torch.tensor(list(spec.foreground.values())).reshape(-1, 1, 1, 1)
-        prepared = torch.cat([prepared, (found.previous == labels).float()])
+        prepared = torch.cat([prepared, found.previous[None].float()])  # one channel: see `_told`
     return prepared.to(model.device), found.steps
 
 
@@ -276,6 +354,7 @@ def _planes(
     *,
     tile: Tile | None = None,
     visited: set[tuple[int, ...]] | None = None,
+    backwards: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the planes of logits, or of probabilities where the plan says so; raises as `predict_volume`.
 
@@ -283,25 +362,32 @@ def _planes(
     """
     plan = model.bundle.info.plan
     mirror = plan.test_mirroring if mirror is None else mirror
-    quiet = window_logits(model.networks, plan, mirror=mirror)
+    quiet = _told(model, window_logits(model.networks, plan, mirror=mirror))
     noting = quiet
     if notes is not None:
-        noting = window_logits(model.networks, plan, mirror=mirror, witness=notes.witness)
+        noting = _told(model, window_logits(model.networks, plan, mirror=mirror, witness=notes.witness))
     if model.preset.air:
         limits, background = air_limits(prepared), background_logits(model.bundle.info.spec).to(prepared.device)
+        if model.previous is not None:
+            limits[-1] = 0.0  # what the first stage has found is no air
         quiet, noting = (skipping_air(each, limits, background) for each in (quiet, noting))
-    for plane in planes(prepared, noting, where, tile=tile, again=quiet, visited=visited):
+    for plane in planes(prepared, noting, where, tile=tile, again=quiet, visited=visited, backwards=backwards):
         if not torch.isfinite(plane).all():
             raise BundleError("the network answers with NaN or infinity for this image", code="NON_FINITE")
         yield plane.softmax(0) if _soft_planes(plan) else plane
 
 
-def ensemble_logits(members: Sequence[Model], image: Volume, *, mirror: bool | None = None) -> Tensor:
-    """Return logits (K, I, J, K') whose probabilities are the mean of the members', each with its temperature.
+def _told(model: Model, predict: Predictor) -> Predictor:
+    """Return a predictor of windows whose last channel is the mask of the first stage: a channel a label for networks.
 
-    One member after the other, so that memory does not grow with their number; `mirror` unless told as each one's plan
-    says.
+    Window by window, so that one label more is no image more in memory. Nothing changes where there is no first stage.
     """
-    spec = members[0].bundle.info.spec
-    each = (predict_logits(m, image, mirror=mirror) / m.bundle.info.temperature for m in members)
-    return mean_logits(spec, each)
+    if model.previous is None:
+        return predict
+    values = list(model.bundle.info.spec.foreground.values())
+
+    def told(windows: Tensor) -> Tensor:
+        labels = torch.tensor(values, device=windows.device).reshape(-1, *[1] * (windows.ndim - 2))
+        return predict(torch.cat([windows[:, :-1], (windows[:, -1:] == labels).float()], 1))
+
+    return told

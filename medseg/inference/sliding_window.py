@@ -133,7 +133,7 @@ class _Side:
 
 def _side(where: Layout, axis: int, part: Range) -> _Side:
     low, high = (where.before[axis] + edge for edge in part)
-    window = where.window[axis]
+    window = where.deep[axis]
     starts = tuple(start for start in where.starts[axis] if start < high and start + window > low)
     return _Side(starts, window, low, high)
 
@@ -147,6 +147,7 @@ def planes(
     tile: tuple[Range, Range] | None = None,
     again: Predictor | None = None,
     visited: set[tuple[int, ...]] | None = None,
+    backwards: bool = False,
 ) -> Iterator[Tensor]:
     """Yield the logits (K, A, B) of each plane across `where.axis`, in order; A and B are the other axes in theirs.
 
@@ -157,8 +158,12 @@ def planes(
     tile : the part [first, last) of A and of B that is wanted (all, unless told); only windows that reach it are
         predicted. The values are those of the whole plane, to the last bit.
     again : predicts windows that are in `visited`, to which each window is added; it answers like `predict`.
+    backwards : from the last plane to the first. The windows are the same, their sums may differ in the last digit.
     """
     axis = where.axis
+    if backwards:
+        found = (_turned(each or predict, axis) for each in (predict, again))
+        image, where, predict, again = image.flip(axis + 1), where.turned, *found
     rest = [other for other in range(3) if other != axis]
     parts = tile or tuple((0, where.shape[other]) for other in rest)
     sides = tuple(_side(where, other, part) for other, part in zip(rest, parts, strict=True))
@@ -194,6 +199,11 @@ def planes(
             _move(seen, 0, following - start)
 
 
+def _turned(predict: Predictor, axis: int) -> Predictor:
+    """Return a predictor of windows that are turned around along an axis, but not for its network."""
+    return lambda windows: predict(windows.flip(axis + 2)).flip(axis + 2)
+
+
 def _window(
     padded: Tensor, predict: Predictor, where: Layout, weights: Tensor, corner: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
@@ -202,9 +212,11 @@ def _window(
     part = padded[(slice(None), *box)]
     if where.flat:
         # Slices are the batch.
-        logits = predict(part.permute(3, 0, 1, 2)[..., None])[..., 0].transpose(0, 1)
-        return logits, weights.permute(2, 0, 1).expand(logits.shape[1], -1, -1)
-    return predict(part[None])[0].movedim(where.axis + 1, 1), weights.movedim(where.axis, 0)
+        logits = predict(part.permute(3, 0, 1, 2)[..., None])[..., 0].permute(1, 2, 3, 0)
+        weights = weights.expand(-1, -1, logits.shape[3])
+    else:
+        logits = predict(part[None])[0]
+    return logits.movedim(where.axis + 1, 1), weights.movedim(where.axis, 0)
 
 
 def _inserted(corner: Sequence[int], axis: int, start: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Layout:
     window : its size; of a 2-D network (*, *, 1).
     starts : along each axis, where windows begin in the padded image.
     weights : (window), how much each voxel of a window counts.
+    along : the axis along which the image is done plane by plane; None: the one that takes least memory.
     """
 
     shape: Triple
@@ -45,6 +46,7 @@ class Layout:
     window: Triple
     starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     weights: Tensor
+    along: int | None = None
 
     @property
     def flat(self) -> bool:
@@ -60,9 +62,24 @@ class Layout:
     @property
     def axis(self) -> int:
         """Along which the image is done plane by plane: the one that is the most windows long, slices where flat."""
+        if self.along is not None:
+            return self.along
         if self.flat:
             return 2
         return max(range(3), key=lambda axis: (self.padded[axis] / self.window[axis], -axis))
+
+    @property
+    def turned(self) -> Layout:
+        """The same windows over the image that is turned around along its axis."""
+        axis = self.axis
+        behind = self.padded[axis] - self.shape[axis] - self.before[axis]
+        if self.flat and axis == 2:  # slices are by themselves, so that it does not matter which are done together
+            starts = self.starts[2]
+        else:
+            starts = tuple(self.padded[axis] - self.window[axis] - start for start in reversed(self.starts[axis]))
+        i, j, k = (starts if other == axis else self.starts[other] for other in range(3))
+        before = _triple([behind if other == axis else self.before[other] for other in range(3)])
+        return replace(self, before=before, starts=(i, j, k), weights=self.weights.flip(axis))
 
     def pad(self, image: Tensor) -> Tensor:
         """Return (C, *padded) with the image (C, *shape) in it."""

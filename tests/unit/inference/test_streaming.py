@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from medseg.inference.predict import Model, predict_logits, predict_soft, predic
 from medseg.inference.sliding_window import joined, planes, slide
 from medseg.inference.windows import importance, layout, window_size, window_starts
 from medseg.preparation.steps import Resampled, restore
+from medseg.targets import decode, probabilities
 from medseg.volume import Volume, reorient
 
 Make = Callable[..., Any]
@@ -32,75 +32,19 @@ RULES = {"order": 1, "order_z": 0, "separate": None}
 NNUNET = {"image": {**RULES, "order": 3}, "logits": RULES}
 
 
-class Random(nn.Module):
-    """A convolution with random weights; `steps` rounds its logits, so that many are equal."""
-
-    def __init__(self, channels: int, classes: int, *, flat: bool, steps: bool, seed: int) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(seed)
-        kind = nn.Conv2d if flat else nn.Conv3d
-        self.convolution = kind(channels, classes, 3, padding=1)
-        for weights in self.convolution.parameters():
-            weights.data = torch.randn(weights.shape, generator=random)
-        self.steps = steps
-
-    def forward(self, image: Tensor) -> Tensor:
-        logits = self.convolution(image)
-        return (logits / 3).round() if self.steps else logits
-
-
-@pytest.fixture(scope="session")
-def random_model(make_spec: Make, make_plan: Make) -> Callable[..., Model]:
-    def make(
-        *,
-        classes: int = 5,
-        regions: int = 0,
-        networks: int = 1,
-        channels: int = 1,
-        steps: bool = False,
-        seed: int = 0,
-        previous: Model | None = None,
-        high: int = 0,
-        **changes: Any,
-    ) -> Model:
-        labels = {f"l{n}": n + high for n in range(1, (regions or classes - 1) + 1)}
-        rows = {f"r{n}": {"labels": [f"l{n}"], "paint": f"l{n}"} for n in range(1, regions + 1)}
-        spec = make_spec(labels=labels, regions=rows, channels=tuple(f"c{n}" for n in range(channels)))
-        rules = {f"c{n}": {"scheme": "zscore"} for n in range(channels)}
-        plan = make_plan(spec, normalisation=rules, **{"patch_size": (8, 8, 8), **changes})
-        flat = plan.dimensions == 2
-        inputs = channels + (len(labels) if previous else 0)
-        nets = [
-            Random(inputs, regions or classes, flat=flat, steps=steps, seed=seed + n).eval() for n in range(networks)
-        ]
-        info = SimpleNamespace(plan=plan, spec=spec, postprocess=(), temperature=1.0)
-        return Model(SimpleNamespace(info=info), nets, torch.device("cpu"), previous)
-
-    return make
-
-
-def picture(
-    shape: tuple[int, int, int], *, channels: int = 1, seed: int = 0, smooth: bool = True, **rest: Any
-) -> Volume:
-    """Return an image with empty borders, and for `smooth` few details."""
-    random = np.random.default_rng(seed)
-    coarse = [max(1, n // 4) for n in shape] if smooth else shape
-    values = torch.from_numpy(random.normal(size=(1, channels, *coarse)).astype(np.float32))
-    array = F.interpolate(values, shape, mode="trilinear")[0].numpy().copy()
-    for axis, n in enumerate(shape):
-        if n > 6:
-            np.moveaxis(array, axis + 1, 0)[: 1 + axis] = 0
-    spacing = rest.pop("spacing", (1.0, 1.0, 1.0))
-    return Volume(array, np.diag([*spacing, 1.0]))
-
-
 def same(model: Model, image: Volume, **options: Any) -> np.ndarray:
     """Predict both ways, compare, and return the labels."""
     found = predict_volume(model, image, **options)
-    whole, _ = predict_soft(model, image, **options)
-    assert found.array.dtype == whole.array.dtype
+    spec = model.bundle.info.spec
+    logits = predict_logits(model, image, **options)
+    whole = decode(spec, logits).numpy()
+    assert found.array.dtype == whole.dtype
     assert found.affine.tobytes() == image.affine.tobytes()
-    assert np.array_equal(found.array, whole.array)
+    assert np.array_equal(found.array, whole)
+    mask, soft = predict_soft(model, image, **options)
+    assert np.array_equal(mask.array, whole)
+    wanted = probabilities(spec, logits, temperature=model.bundle.info.temperature).numpy()
+    np.testing.assert_allclose(soft.array, wanted, atol=2e-6)
     return found.array
 
 
@@ -130,6 +74,7 @@ def same(model: Model, image: Volume, **options: Any) -> np.ndarray:
 )
 def test_streamed_labels_are_those_of_the_whole_volume(
     random_model: Callable[..., Model],
+    picture: Callable[..., Volume],
     shape: Any,
     spacing: Any,
     patch: Any,
@@ -152,19 +97,21 @@ def test_streamed_labels_are_those_of_the_whole_volume(
 
 @pytest.mark.parametrize("codes", ORIENTATIONS[::5])
 @pytest.mark.parametrize("plan", ["RAS", "SLP", "AIR"])
-def test_in_any_orientation(random_model: Callable[..., Model], codes: str, plan: str) -> None:
+def test_in_any_orientation(
+    random_model: Callable[..., Model], picture: Callable[..., Volume], codes: str, plan: str
+) -> None:
     image = reorient(picture((21, 18, 25), spacing=(0.7, 1.2, 0.6)), codes)
     assert len(np.unique(same(random_model(orientation=plan), image))) > 3
 
 
-def test_of_a_cascade(random_model: Callable[..., Model]) -> None:
+def test_of_a_cascade(random_model: Callable[..., Model], picture: Callable[..., Volume]) -> None:
     first = random_model(patch_size=(8, 8, 8), spacing=(2.0, 2.0, 2.0), seed=3)
     rules = {**NNUNET, "previous": {"order": 1, "order_z": 0}}
     model = random_model(previous=first, nnunet=rules, spacing=(1.4, 1.4, 1.4))
     assert len(np.unique(same(model, picture((20, 17, 23)), mirror=True))) > 3
 
 
-def test_label_values_above_a_byte(random_model: Callable[..., Model]) -> None:
+def test_label_values_above_a_byte(random_model: Callable[..., Model], picture: Callable[..., Volume]) -> None:
     found = same(random_model(high=300, spacing=(1.7, 1.7, 1.7)), picture((14, 15, 16)))
     assert found.dtype == np.int32
     assert found.max() > 300
@@ -254,7 +201,9 @@ def test_the_way_back_is_torch_s_trilinear_interpolation(before: Any, after: Any
     assert torch.allclose(found, F.interpolate(logits[None], after, mode="trilinear")[0], atol=1e-5)
 
 
-def test_logits_of_the_whole_decode_to_the_mask(random_model: Callable[..., Model]) -> None:
+def test_logits_of_the_whole_decode_to_the_mask(
+    random_model: Callable[..., Model], picture: Callable[..., Volume]
+) -> None:
     model, image = random_model(spacing=(1.5, 1.5, 2.0)), picture((18, 20, 16))
     classes = predict_logits(model, image).argmax(0).numpy()
     assert np.array_equal(predict_volume(model, image).array[0], classes)
