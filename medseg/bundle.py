@@ -231,7 +231,7 @@ def import_bundle(source: Path, out: Path, *, folds: Sequence[str] = (), precisi
         raise ConfigError(f"{out} holds a bundle already; choose another --out")
     if precision not in ("fp32", "bf16"):
         raise ConfigError(f"precision {precision}: allowed are fp32 and bf16")
-    if not is_nnunet(source) and not is_monai(source):
+    if not is_foreign(source):
         raise BundleError(
             f"{source}: no model of nnU-Net v2 (plans.json, dataset.json and a folder fold_* are expected) and no "
             "MONAI bundle (configs/inference.json)"
@@ -272,6 +272,11 @@ def find_bundle(path: Path) -> Path:
         f"{path}: {what}{hint}; give a run folder of medseg train or its 6_model folder, a folder "
         "TRAINER__PLANS__CONFIGURATION of nnU-Net v2, or a MONAI bundle"
     )
+
+
+def is_foreign(path: Path) -> bool:
+    """Tell whether a folder looks like a model of nnU-Net v2 or a MONAI bundle."""
+    return is_nnunet(path) or is_monai(path)
 
 
 def open_bundle(path: Path, *, folds: Sequence[str] = ()) -> Bundle:

@@ -19,18 +19,29 @@ if TYPE_CHECKING:
 Shape = tuple[int, int, int]
 
 
-def memory_text(studies: Sequence[StudyInput], info: BundleInfo, limit: int) -> str:
-    """Return what the prediction of the largest image is expected to take within `limit` bytes, for a person."""
+def memory_text(studies: Sequence[StudyInput], models: Sequence[BundleInfo], limit: int, *, soft: bool = False) -> str:
+    """Return what the prediction of the largest image is expected to take within `limit` bytes, for a person.
+
+    Parameters
+    ----------
+    models : the members of an ensemble, or the one model.
+    soft : whether probabilities are written, too.
+    """
+    from medseg.inference.joint_memory import forecast_joint
     from medseg.inference.memory import Case, forecast
     from medseg.inference.presets import QUALITY
 
     grids = [grid for grid in map(_grid, studies) if grid is not None]
-    if not grids or info.members:
+    if not grids:
         return "memory: not known before the images are read"
     shape, affine, itemsize = max(grids, key=lambda grid: math.prod(grid[0]))
-    case = Case(shape, affine, itemsize, info.plan, info.spec, QUALITY[info.preset])
+    cases = [Case(shape, affine, itemsize, info.plan, info.spec, QUALITY[info.preset]) for info in models]
+    networks = [len(info.weights) for info in models]
     try:
-        need = forecast(case, networks=len(info.weights), limit=limit)
+        if soft or len(cases) > 1:
+            need = forecast_joint(cases, networks=networks, soft=int(soft), in_file=True, limit=limit)
+        else:
+            need = forecast(cases[0], networks=networks[0], limit=limit)
     except BatchError as error:
         return f"memory: {error}"
     size = "×".join(map(str, shape))

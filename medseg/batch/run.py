@@ -25,9 +25,10 @@ from medseg.batch.status import RUNS, Status, Tally, announce
 from medseg.batch.study_input import StudyInput
 from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
-from medseg.exporters import choose_formats
+from medseg.exporters import EXPORTERS, choose_formats
 from medseg.files import legible, sweep, write_json, write_text
 from medseg.inference.chosen import usable
+from medseg.inference.presets import in_parts
 from medseg.readers.allowances import Allowance
 
 if TYPE_CHECKING:
@@ -99,9 +100,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     tables : write summary.csv and journal/summary.html, which list all studies of OUT, at the end.
     warn : is told before the run if the disk may become full.
     progress, watch : are called after each study: how many are over, and how the run stands.
-    max_memory : bytes that a process may take for a prediction (but for an ensemble of configurations, or for the
-        probabilities of seg-fractional): images are cut into tiles, with the same masks; `warn` is told the estimate
-        for the largest image.
+    max_memory : bytes that a process may take for a prediction: images are cut into tiles, with the same masks; `warn`
+        is told the estimate for the largest image.
     shard : which part of the studies; other runs do the others into the same OUT.
 
     Raises
@@ -126,7 +126,9 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             if warning := require_room(studies, names, out):
                 warn(warning)
             if max_memory is not None:
-                warn(memory_text(studies, info, max_memory))
+                models = [member.info for member in in_parts(bundle).members] or [info]
+                soft = any(EXPORTERS[name].soft for name in names)
+                warn(memory_text(studies, models, max_memory, soft=soft))
             announce(out, [study.id for study in studies])
             found = _do(studies, settings, engine, progress, watch)
             if tables:

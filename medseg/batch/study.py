@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.placing import IMAGE_SUFFIX, Placed, place
+from medseg.batch.room import on_disk
 from medseg.batch.study_input import StudyInput
 from medseg.channels import read_chosen
 from medseg.device import freed, is_out_of_memory
@@ -106,7 +107,8 @@ def _segment(
     image = read_study(study, spec)
     refuse_constant(image, spec)
     tell("predicting")
-    found = predict(image, soft=any(EXPORTERS[name].soft for name in formats))
+    soft = any(EXPORTERS[name].soft for name in formats)
+    found = predict(image, soft=soft, room=partial(on_disk, ledger.out))
     tell("writing")
     placed = place(Result(found.mask, spec, entry.model_digest, image, study.series, found.soft), study.allow)
     outputs, notes = _write(placed, formats, ledger.out, study.id)

@@ -7,6 +7,9 @@ All are uncompressed: DCMTK, and what is built on it, refuses a compressed LABEL
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from pydicom.sr.codedict import codes
 
 from medseg.errors import ExportError
 from medseg.exporters.dicom_codes import Segment, label_segments, soft_segments
-from medseg.exporters.dicom_seg_check import check_fractional, check_labels
+from medseg.exporters.dicom_seg_check import FULL, check_fractional, check_labels, in_steps
 from medseg.exporters.dicom_source import (
     MANUFACTURER,
     RESEARCH,
@@ -66,7 +69,7 @@ def write_fractional(path: Path, result: Result) -> tuple[str, ...]:
 
     Returns and raises what write_seg does.
     """
-    return write_object(path, result, partial(build_seg, kind="FRACTIONAL"), check_fractional)
+    return write_object(path, result, build_fractional, check_fractional)
 
 
 def seg_uid(result: Result) -> str:
@@ -77,13 +80,98 @@ def seg_uid(result: Result) -> str:
 def build_seg(result: Result, images: list[Dataset], *, kind: str = "SEG") -> Dataset:
     """Return the object in memory; `images` are the source headers in the order of the mask's K.
 
-    Takes one to two bytes a voxel for a label map, six bytes a voxel and segment for probabilities.
+    Takes one to two bytes a voxel.
     """
-    segments = soft_segments(result.spec) if kind == "FRACTIONAL" else label_segments(result.spec)
+    segments = label_segments(result.spec)
     _refuse_too_large(result, kind, len(segments))
+    return _segmentation(result, images, segment_numbers(result), segments, kind)
+
+
+def build_fractional(result: Result, images: list[Dataset]) -> Dataset:
+    """Return the object with the probabilities, whose pixels are read from the result only while it is written.
+
+    highdicom is given frames of a few pixels that say what each is of, so that it makes everything but the pixels.
+    """
+    segments = soft_segments(result.spec)
+    _refuse_too_large(result, "FRACTIONAL", len(segments))
+    small = [copy(image) for image in images]
+    for image in small:
+        image.Rows, image.Columns = 1, len(_digits(0, 0))
+    tokens = [[_digits(number, k) for number in range(len(segments))] for k in range(len(images))]
+    frames = np.array(tokens, np.float32)[:, None].transpose(0, 1, 3, 2) / np.float32(FULL)
+    dataset = _segmentation(result, small, frames, segments, "FRACTIONAL")
+    found = np.frombuffer(dataset.PixelData, np.uint8)[: frames.size].reshape(-1, frames.shape[2]).tolist()
+    order = [(low + (high << 8), k0 + (k1 << 8)) for low, high, k0, k1 in found]
+    dataset.Rows, dataset.Columns = images[0].Rows, images[0].Columns
+    assert result.probabilities is not None, "an exporter that is `soft` is given probabilities"
+    dataset.PixelData = Frames(result.probabilities.array, order)
+    return dataset
+
+
+def _digits(segment: int, k: int) -> tuple[int, int, int, int]:
+    return segment & 255, segment >> 8, k & 255, k >> 8
+
+
+class Frames(io.BufferedIOBase):
+    """The bytes of frames (rows, columns), made of probabilities (segments, I, J, K) one by one as they are read.
+
+    Parameters
+    ----------
+    order : (segment, k) of each frame.
+    """
+
+    def __init__(self, soft: NDArray[Any], order: Sequence[tuple[int, int]]) -> None:
+        self._soft, self._order = soft, order
+        self._frame = soft.shape[1] * soft.shape[2]
+        self._size = self._frame * len(order)
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return how many bytes were read."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._padded}[whence]
+        self._at = min(max(0, start + offset), self._padded)
+        return self._at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes, fewer than `size` only at the end."""
+        stop = self._padded if size is None or size < 0 else min(self._at + size, self._padded)
+        parts = []
+        while self._at < stop:
+            number, skip = divmod(self._at, self._frame)
+            content = self._bytes(number)[skip : skip + stop - self._at]
+            parts.append(content)
+            self._at += len(content)
+        return b"".join(parts)
+
+    @property
+    def _padded(self) -> int:
+        return self._size + self._size % 2
+
+    def _bytes(self, number: int) -> bytes:
+        if number == len(self._order):
+            return b"\0"  # to an even length
+        segment, k = self._order[number]
+        return np.ascontiguousarray(in_steps(self._soft[segment, :, :, k]).T).tobytes()
+
+
+def _segmentation(
+    result: Result, images: list[Dataset], frames: NDArray[Any], segments: Sequence[Segment], kind: str
+) -> Dataset:
     dataset: Dataset = highdicom.seg.Segmentation(
         images,
-        probability_frames(result) if kind == "FRACTIONAL" else segment_numbers(result),
+        frames,
         "BINARY" if kind == "SEG" else kind,
         [_description(result, segment) for segment in segments],
         content_label=RESEARCH.replace(" ", "_"),
@@ -132,12 +220,6 @@ def segment_numbers(result: Result) -> NDArray[np.uint8 | np.uint16]:
             code="UNKNOWN_LABEL",
         )
     return segments
-
-
-def probability_frames(result: Result) -> NDArray[np.float32]:
-    """Return the probabilities as highdicom wants them: (K, J, I, segments)."""
-    assert result.probabilities is not None, "an exporter that is `soft` is given probabilities"
-    return np.ascontiguousarray(result.probabilities.array.transpose(3, 2, 1, 0), np.float32)
 
 
 def _description(result: Result, segment: Segment) -> Any:

@@ -45,7 +45,8 @@ def check_labels(path: Path, *, name: str, result: Result) -> None:
     """
     mask = result.mask.array[0]
     wanted = {s.number: lambda k, value=s.value: mask[:, :, k] == value for s in label_segments(result.spec)}
-    _check(pydicom.dcmread(path), name, result, wanted)
+    dataset = pydicom.dcmread(path)
+    _check(dataset, np.frombuffer(dataset.PixelData, np.uint8), name, result, wanted)
 
 
 def check_fractional(path: Path, *, name: str, result: Result) -> None:
@@ -57,17 +58,28 @@ def check_fractional(path: Path, *, name: str, result: Result) -> None:
     """
     assert result.probabilities is not None
     soft = result.probabilities.array
-    dataset = pydicom.dcmread(path)
+    dataset, pixels = _opened(path)
     if int(dataset.MaximumFractionalValue) != FULL:
         raise read_back_error(name, f"probability 1 is {dataset.MaximumFractionalValue}")
-    wanted = {
-        s.number: lambda k, n=s.number: np.rint(soft[n - 1, :, :, k] * np.float32(FULL))
-        for s in soft_segments(result.spec)
-    }
-    _check(dataset, name, result, wanted)
+    wanted = {s.number: lambda k, n=s.number: in_steps(soft[n - 1, :, :, k]) for s in soft_segments(result.spec)}
+    _check(dataset, pixels, name, result, wanted)
 
 
-def _check(dataset: Dataset, name: str, result: Result, wanted: Wanted) -> None:
+def in_steps(chances: Values) -> Values:
+    """Return probabilities, float32 or steps already, as uint8 in steps of 1/255."""
+    return chances if chances.dtype == np.uint8 else np.rint(chances * np.float32(FULL)).astype(np.uint8)
+
+
+def _opened(path: Path) -> tuple[Dataset, Values]:
+    """Return a dataset without its pixels, and these (bytes) as they lie in the file: they need not fit in memory."""
+    with path.open("rb") as file:
+        dataset = pydicom.dcmread(file, stop_before_pixels=True)
+        # After tag, VR, two empty bytes and the length (PS3.5 section 7.1.2); nothing follows the pixels.
+        offset = file.tell() + 12
+    return dataset, np.memmap(path, np.uint8, "r", offset)
+
+
+def _check(dataset: Dataset, pixels: Values, name: str, result: Result, wanted: Wanted) -> None:
     numbers = [int(row.SegmentNumber) for row in dataset.SegmentSequence]
     if [number for number in numbers if number] != list(wanted):
         raise read_back_error(name, f"segments {numbers}")
@@ -75,7 +87,7 @@ def _check(dataset: Dataset, name: str, result: Result, wanted: Wanted) -> None:
     found, expected = _Mass(), _Mass()
     wrong, seen = 0, set()
     planes, size = result.planes, result.mask.shape[:2]
-    for frame in _frames(dataset):
+    for frame in _frames(dataset, pixels):
         k, off = _slice_of(planes, size, frame.to_ras)
         if frame.segment not in frame_kinds or off > ON_GRID_MM or (frame.segment, k) in seen:
             what = f"a frame of segment {frame.segment} lies {off:.3f} mm off its slice, or is there twice"
@@ -122,12 +134,12 @@ class _Mass:
         return np.asarray(total[:3] / total[3] if total[3] else np.zeros(3))
 
 
-def _frames(dataset: Dataset) -> Iterator[_Frame]:
+def _frames(dataset: Dataset, content: Values) -> Iterator[_Frame]:
     shape = (int(dataset.NumberOfFrames), int(dataset.Rows), int(dataset.Columns))
     if dataset.BitsAllocated == 1:
-        flat = np.asarray(unpack_bits(dataset.PixelData)).astype(bool)
+        flat = np.asarray(unpack_bits(content.tobytes())).astype(bool)
     else:
-        flat = np.frombuffer(dataset.PixelData, f"<u{dataset.BitsAllocated // 8}")
+        flat = content.view(f"<u{dataset.BitsAllocated // 8}")
     shared = dataset.SharedFunctionalGroupsSequence[0]
     pixels = flat[: int(np.prod(shape))].reshape(shape)
     for values, own in zip(pixels, dataset.PerFrameFunctionalGroupsSequence, strict=True):

@@ -29,8 +29,9 @@ class Result:
     image : (channels, I, J, K) what was segmented, in the order of the spec; its grid, notes and meta are those of the
         spec's reference channel.
     series : the DICOM series that was segmented; None for other images.
-    probabilities : (segments, I, J, K) float32 from 0 to 1, on the grid of the mask: one channel a label of the spec,
-        or a region where it has regions, in its order; None unless an exporter asks for it (Exporter.soft).
+    probabilities : (segments, I, J, K) float32 from 0 to 1, or uint8 in steps of 1/255, on the grid of the mask: one
+        channel a label of the spec, or a region where it has regions, in its order; None unless an exporter asks for it
+        (Exporter.soft).
     stack : where each slice lies, for a mask on the slices of an uneven stack: its affine is then true of none but the
         first and the last.
     measured : the mask on the grid of `image`, where `mask` lies on the slices of a series that was corrected; volumes

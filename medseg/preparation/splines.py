@@ -110,6 +110,8 @@ def _most(mask: NDArray[Any], size: Sequence[int], order: int) -> NDArray[Any]:
     zoom = [after / before for before, after in zip(mask.shape, size, strict=True)]
     result = np.zeros(size, mask.dtype)
     for label in np.unique(mask):
-        share = ndimage.zoom((mask == label).astype(np.float64), zoom, order=order, mode="nearest", grid_mode=True)
+        # A byte a voxel goes in; what comes out is in double precision, as if that had gone in.
+        here = (mask == label).view(np.uint8)
+        share = ndimage.zoom(here, zoom, order=order, mode="nearest", grid_mode=True, output=np.float64)
         result[share >= 0.5] = label
     return result

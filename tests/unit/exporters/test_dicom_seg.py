@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,28 @@ def test_probabilities_lie_where_they_were(dicom_result: Build, dicom_grid: str,
     order = np.argsort([np.linalg.norm(place[0, 0] - p, axis=-1).argmin() for p in slices_of(theirs)])
     soft = theirs.array[order].transpose(3, 2, 1, 0)
     assert np.abs(soft - result.probabilities.array).max() <= 0.5 / 255 + 1e-6
+
+
+def test_probabilities_in_steps_make_the_very_file(dicom_result: Build, tmp_path: Path) -> None:
+    result = dicom_result(tmp_path / "in")
+    soft = result.probabilities
+    steps = soft.with_array(np.rint(soft.array * np.float32(255)).astype(np.uint8))
+    write_fractional(tmp_path / "x.dcm", result)
+    write_fractional(tmp_path / "y.dcm", replace(result, probabilities=steps))
+    assert (tmp_path / "x.dcm").read_bytes() == (tmp_path / "y.dcm").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 3, 3, 3)])
+def test_pixels_are_read_in_any_pieces(shape: tuple[int, ...]) -> None:
+    soft = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    order = [(segment, k) for segment in range(shape[0]) for k in reversed(range(shape[3]))]
+    wanted = b"".join(soft[segment, :, :, k].T.tobytes() for segment, k in order)
+    wanted += b"\0" * (len(wanted) % 2)
+    frames = dicom_seg.Frames(soft, order)
+    assert frames.seek(0, io.SEEK_END) == len(wanted)
+    assert (frames.read(), frames.seek(0)) == (b"", 0)
+    assert b"".join(iter(lambda: frames.read(7), b"")) == wanted
+    assert (frames.seek(5), frames.read()) == (5, wanted[5:])
 
 
 def slices_of(volume: Any) -> Any:
@@ -387,14 +410,17 @@ def test_a_wrong_file_is_never_left(
     kind: str,
 ) -> None:
     result = dicom_result(tmp_path / "in")
-    build = dicom_seg.build_seg
+    name = "build_fractional" if KINDS[kind] is write_fractional else "build_seg"
+    build = getattr(dicom_seg, name)
 
     def damaged(*args: Any, **kind: Any) -> pydicom.Dataset:
         dataset = build(*args, **kind)
+        if not isinstance(dataset.PixelData, bytes):
+            dataset.PixelData = dataset.PixelData.read()
         damage(dataset)
         return dataset
 
-    monkeypatch.setattr(dicom_seg, "build_seg", damaged)
+    monkeypatch.setattr(dicom_seg, name, damaged)
     assert refused(tmp_path, result, KINDS[kind]) == "READ_BACK"
 
 

@@ -120,11 +120,13 @@ def test_a_run_is_told_before_it_begins(tmp_path: Any, case: Callable[..., Case]
     tiny.save(file, np.zeros((30, 20, 10), np.int16))
     study = SimpleNamespace(series=None, refusal=None, images=(file,))
     info = SimpleNamespace(plan=found.plan, spec=found.spec, weights={"a": ""}, members=(), preset="exact")
-    text = memory_text([study], info, 1 << 40)
+    text = memory_text([study], [info], 1 << 40)
     assert "the largest image (30×20×10) needs about" in text
-    assert "allows 1.0 KiB" in memory_text([study], info, 1024)
+    assert "allows 1.0 KiB" in memory_text([study], [info], 1024)
+    assert "the largest image (30×20×10) needs about" in memory_text([study], [info, info], 1 << 40, soft=True)
+    assert "allows 1.0 KiB" in memory_text([study], [info, info], 1024)
     assert "not known" in memory_text(
-        [SimpleNamespace(series=None, refusal=None, images=(tmp_path / "b.mha",))], info, 9
+        [SimpleNamespace(series=None, refusal=None, images=(tmp_path / "b.mha",))], [info], 9
     )
 
 

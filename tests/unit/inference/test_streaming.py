@@ -17,6 +17,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from medseg.inference import labels
+from medseg.inference import predict as predict_module
 from medseg.inference.predict import Model, predict_logits, predict_soft, predict_volume
 from medseg.inference.sliding_window import joined, planes, slide
 from medseg.inference.windows import importance, layout, window_size, window_starts
@@ -109,6 +110,34 @@ def test_of_a_cascade(random_model: Callable[..., Model], picture: Callable[...,
     rules = {**NNUNET, "previous": {"order": 1, "order_z": 0}}
     model = random_model(previous=first, nnunet=rules, spacing=(1.4, 1.4, 1.4))
     assert len(np.unique(same(model, picture((20, 17, 23)), mirror=True))) > 3
+
+
+def test_networks_of_a_cascade_get_a_channel_a_label_window_by_window(
+    random_model: Callable[..., Model], picture: Callable[..., Volume]
+) -> None:
+    """The whole image has one channel for the first stage's mask, however many labels there are."""
+    first = random_model(classes=9, spacing=(2.0, 2.0, 2.0), seed=3)
+    rules = {**NNUNET, "previous": {"order": 1, "order_z": 0}}
+    model = random_model(classes=9, previous=first, nnunet=rules, spacing=(1.4, 1.4, 1.4))
+    image = picture((20, 17, 23))
+    prepared, _ = predict_module._prepared(model, image, None, None)
+    assert prepared.shape[0] == 2
+    seen: list[Tensor] = []
+
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return model.networks[0](x)
+
+    mask = predict_volume(replace(model, networks=[Spy()]), image)
+    assert np.array_equal(mask.array, predict_volume(model, image).array)
+    given = prepared[1].unique().tolist()
+    assert len(given) > 3
+    for window in seen:
+        assert window.shape[1] == 1 + 8
+        assert set(window[:, 1:].unique().tolist()) <= {0.0, 1.0}
+        assert window[:, 1:].sum(1).max() <= 1
+    assert max(float(window[:, int(given[-1])].max()) for window in seen) == 1
 
 
 def test_label_values_above_a_byte(random_model: Callable[..., Model], picture: Callable[..., Volume]) -> None:

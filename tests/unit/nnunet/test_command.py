@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import torch
 import medseg
 from medseg.bundle import open_bundle, read_weights
 from medseg.errors import BundleError, PlanError, TrainingError
+from medseg.inference.describe import described
 from medseg.nnunet import read_nnunet
 from medseg.planning.plan import write_plan
 
@@ -42,6 +45,32 @@ def test_batch_with_the_folder_goes_on_with_its_bundle(tmp_path: Path, tiny: Any
     again = medseg.predict(tmp_path / "in", model=tmp_path / "bundle", out=tmp_path / "out", mirror=False)
     assert again.entries == first.entries
     assert (tmp_path / "out" / "one.nii.gz").stat().st_mtime_ns == written, "what is done is not done again"
+
+
+def test_who_guards_workers_never_loads_torch(tmp_path: Path, tiny: Any, model: Path) -> None:
+    """Reading checkpoints takes it: that is done by a process that ends."""
+    tiny.save(tmp_path / "in" / "one.nii.gz", tiny.case(1)[0])
+    code = (
+        "import sys; from medseg import api\n"
+        f"done = api.predict({str(tmp_path / 'in')!r}, model={str(model)!r}, out={str(tmp_path / 'out')!r}, workers=1,"
+        " mirror=False)\n"
+        "assert done.complete\n"
+        "sys.exit(str({'torch', 'monai'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
+    assert done.stderr.strip() == ""
+    assert (tmp_path / "out" / "one.nii.gz").exists()
+
+
+def test_what_is_told_by_another_process_is_the_bundle_without_weights(model: Path) -> None:
+    told, own = described(model), open_bundle(model)
+    assert (told.info, told.folder, told.previous, told.states) == (own.info, own.folder, None, None)
+    (model / "plans.json").write_text("{")
+    with pytest.raises(BundleError) as here:
+        open_bundle(model)
+    with pytest.raises(BundleError) as there:
+        described(model)
+    assert (str(there.value), there.value.code) == (str(here.value), here.value.code)
 
 
 def test_model_that_is_not_supported_stops_a_batch_before_it_begins(tmp_path: Path, tiny: Any, model: Path) -> None:
