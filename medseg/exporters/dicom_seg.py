@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,15 +93,16 @@ def build_fractional(result: Result, images: list[Dataset]) -> Dataset:
     """
     segments = soft_segments(result.spec)
     _refuse_too_large(result, "FRACTIONAL", len(segments))
-    small = [copy(image) for image in images]
-    for image in small:
-        image.Rows, image.Columns = 1, len(_digits(0, 0))
+    rows, columns = images[0].Rows, images[0].Columns
     tokens = [[_digits(number, k) for number in range(len(segments))] for k in range(len(images))]
     frames = np.array(tokens, np.float32)[:, None].transpose(0, 1, 3, 2) / np.float32(FULL)
-    dataset = _segmentation(result, small, frames, segments, "FRACTIONAL")
+    for image in images:
+        image.Rows, image.Columns = frames.shape[1:3]
+    dataset = _segmentation(result, images, frames, segments, "FRACTIONAL")
+    for each in (dataset, *images):
+        each.Rows, each.Columns = rows, columns
     found = np.frombuffer(dataset.PixelData, np.uint8)[: frames.size].reshape(-1, frames.shape[2]).tolist()
     order = [(low + (high << 8), k0 + (k1 << 8)) for low, high, k0, k1 in found]
-    dataset.Rows, dataset.Columns = images[0].Rows, images[0].Columns
     assert result.probabilities is not None, "an exporter that is `soft` is given probabilities"
     dataset.PixelData = Frames(result.probabilities.array, order)
     return dataset

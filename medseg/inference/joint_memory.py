@@ -72,7 +72,7 @@ def forecast_joint(
     return require(best, first.shape, limit)
 
 
-def preparing(plan: Plan) -> str:
+def image_key(plan: Plan) -> str:
     """Return what of a plan the image that networks are given depends on: members that agree in it share it.
 
     Not where there is a first stage, whose mask is part of that image.
@@ -124,7 +124,7 @@ def _joint(
         planes += PLANES * classes * plane * FLOAT + fine * 8
         window = max(window, need.window)
         copy = math.prod(where.padded) * FLOAT * len(case.spec.channels) * (turned != falling)
-        key = preparing(case.plan)
+        key = image_key(case.plan)
         prepared[key] = max(prepared.get(key, 0), need.prepared + copy)
     mask = terms(first, grids[0][1], ways_back(*grids[0]), (1, 1), 0).mask
     return Need(

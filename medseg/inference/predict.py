@@ -18,7 +18,7 @@ from medseg.errors import BundleError
 from medseg.inference.air import air_limits, skipping_air
 from medseg.inference.chosen import usable
 from medseg.inference.joint import Member, Wanted, bring_back
-from medseg.inference.joint_memory import cut_plane, forecast_joint, preparing
+from medseg.inference.joint_memory import cut_plane, forecast_joint, image_key
 from medseg.inference.labels import Key, paint
 from medseg.inference.memory import Case, Tile, forecast, tiles_of
 from medseg.inference.postprocess import postprocess
@@ -181,8 +181,8 @@ def predict_volume(
     """
     info = model.bundle.info
     if model.members:
-        found = image.with_array(_joint(model, image, mirror, max_memory=max_memory))
-        return postprocess(found, info.postprocess, info.spec)
+        mean = image.with_array(_joint(model, image, mirror, max_memory=max_memory))
+        return postprocess(mean, info.postprocess, info.spec)
     tiles = (1, 1)
     if max_memory is not None:
         held = resident() - image.array.nbytes
@@ -248,7 +248,7 @@ def _joint(
     shared: dict[str, tuple[Tensor, tuple[Step, ...]]] = {}
     grids: list[tuple[Tensor, tuple[Step, ...], Layout]] = []
     for each in models:
-        key = preparing(each.bundle.info.plan) if each.previous is None else str(id(each))
+        key = image_key(each.bundle.info.plan) if each.previous is None else str(id(each))
         shared[key] = shared.get(key) or _prepared(each, image, mirror, notes, max_memory)
         prepared, steps = shared[key]
         grids.append((prepared, steps, layout(prepared.shape[1:], each.bundle.info.plan, each.preset)))
