@@ -122,7 +122,7 @@ class Frames(io.BufferedIOBase):
 
     def __init__(self, soft: NDArray[Any], order: Sequence[tuple[int, int]]) -> None:
         self._soft, self._order = soft, order
-        self._frame = soft.shape[1] * soft.shape[2]
+        self._frame = int(soft.shape[1] * soft.shape[2])
         self._size = self._frame * len(order)
         self._at = 0
 
@@ -140,7 +140,7 @@ class Frames(io.BufferedIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Go to a byte."""
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._padded}[whence]
+        start: int = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._padded}[whence]
         self._at = min(max(0, start + offset), self._padded)
         return self._at
 
