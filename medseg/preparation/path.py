@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from monai.transforms import Compose, Transform
 
 from medseg.errors import PlanError
@@ -18,6 +20,7 @@ from medseg.preparation.preprocess import (
     ResampleSplines,
 )
 from medseg.preparation.sampling import SamplePatch
+from medseg.preparation.warp import Region
 from medseg.spec import Spec
 
 
@@ -67,6 +70,36 @@ def after_cache(path: Compose) -> Any:
     """Return the random part of a training path: opened arrays and "foreground" (and "margin") -> region."""
     start = _cache_position(path) + 1
     return lambda data: path(data, start=start)
+
+
+def read_regions(path: Compose, wanted: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Region]:
+    """Return what `after_cache` gives for each (seed of the path, opened arrays and "foreground" and "margin").
+
+    Where nothing but `SamplePatch` follows the cache, it is asked directly: what MONAI does around a transform (a
+    dictionary of MetaTensors) takes longer than reading a patch of a small image. The regions are the same.
+    """
+    following = path.transforms[_cache_position(path) + 1 :]
+    sample = following[0] if len(following) == 1 and isinstance(following[0], SamplePatch) else None
+    pick = after_cache(path)
+    regions = []
+    for seed, data in wanted:
+        _set_seed(path, seed)
+        if sample is not None:
+            image, mask, centre = sample.read(data)
+            regions.append(Region(torch.from_numpy(image), torch.from_numpy(mask), centre))
+        else:
+            found = pick(data)
+            regions.append(Region(found["image"].as_tensor(), found["mask"].as_tensor(), found["centre"]))
+    return regions
+
+
+def _set_seed(path: Compose, seed: int) -> None:
+    """Do what ``path.set_random_state(seed)`` does, with the generator that it has: making one asks the system."""
+    if "R" in vars(path):
+        path.R.seed(seed)
+        path.set_random_state(state=path.R)
+    else:
+        path.set_random_state(seed=seed)
 
 
 def _cache_position(path: Compose) -> int:

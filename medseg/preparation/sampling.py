@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Randomizable, Transform
+from monai.utils import MAX_SEED
 from numpy.typing import NDArray
 
 from medseg.planning.plan import Triple
@@ -28,12 +29,22 @@ class SamplePatch(Randomizable, Transform):
     a voxel of a label, at its centre where the image is large enough (label by label with equal probability, then
     voxel); False any place. A case without foreground is sampled anywhere. "margin" (I, J, K), if there, is how many
     voxels beyond the patch are read on both sides, as `read_through` does. Randomness comes from
-    ``set_random_state``, as with MONAI's own.
+    ``set_random_state``, as with MONAI's own; a seed sets one generator anew, for making one takes longer than reading.
     """
 
     def __init__(self, size: Triple) -> None:
         self.size = size
         self.centre = (0, 0, 0)
+        self._generator = np.random.RandomState(0)
+
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> SamplePatch:
+        """Draw from now on as a new ``RandomState(seed)`` does, or from `state`."""
+        if seed is None:
+            super().set_random_state(state=state)
+        else:
+            self._generator.seed(seed % MAX_SEED)
+            self.R = self._generator
+        return self
 
     def randomize(self, data: Mapping[str, Any]) -> None:
         """Draw the centre."""
@@ -48,15 +59,24 @@ class SamplePatch(Randomizable, Transform):
             i, j, k = (int(self.R.randint(n)) for n in shape)
         self.centre = (i, j, k)
 
+    def read(self, data: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any], tuple[float, float, float]]:
+        """Draw and read: image (C, *R), mask (1, *R), and where the patch's centre lies in them."""
+        self.randomize(data)
+        image = data["image"]
+        start = patch_start(self.centre, self.size, image.shape[1:])
+        margin = data.get("margin", (0, 0, 0))
+        region, centre = read_through(image, start, self.size, margin)
+        return region, read_through(data["mask"], start, self.size, margin)[0], centre
+
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Draw and read: {"case", "image" (C, *R), "mask" (1, *R), "centre"}, the patch's centre in the region."""
-        self.randomize(data)
-        start = patch_start(self.centre, self.size, data["image"].shape[1:])
-        found: dict[str, Any] = {"case": data["case"]}
-        for key in ("image", "mask"):
-            region, found["centre"] = read_through(data[key], start, self.size, data.get("margin", (0, 0, 0)))
-            found[key] = MetaTensor(torch.from_numpy(region))
-        return found
+        image, mask, centre = self.read(data)
+        return {
+            "case": data["case"],
+            "image": MetaTensor(torch.from_numpy(image)),
+            "mask": MetaTensor(torch.from_numpy(mask)),
+            "centre": centre,
+        }
 
 
 def read_through(
@@ -83,8 +103,7 @@ def patch_start(centre: Triple, size: Triple, shape: tuple[int, ...]) -> Triple:
     """Return the first voxel of a patch: centred, but inside an image that is larger and around one that is not."""
     start = []
     for c, n, s in zip(centre, size, shape, strict=True):
-        low, high = min(0, s - n), max(0, s - n)
-        start.append(int(np.clip(c - n // 2, low, high)))
+        start.append(min(max(c - n // 2, min(0, s - n)), max(0, s - n)))
     return start[0], start[1], start[2]
 
 

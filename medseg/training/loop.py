@@ -28,7 +28,7 @@ from medseg.parallel import StopRequest, added, stop_request, world
 from medseg.planning.plan import Plan
 from medseg.preparation.augment import Changes, augment, draw_changes
 from medseg.preparation.cache import CaseCache
-from medseg.preparation.path import after_cache
+from medseg.preparation.path import read_regions
 from medseg.preparation.sampling import drawn_cases, draws
 from medseg.preparation.warp import Region
 from medseg.spec import Case, Spec
@@ -164,14 +164,11 @@ def read_batch(job: Job, step: int) -> tuple[list[Region], Changes]:
     changes = draw_changes(
         plan.augmentation, plan.patch_size, seed=seed, batch=plan.batch_size, dimensions=plan.dimensions
     ).rows(world().share)
-    pick = after_cache(job.path)
-    regions = []
-    for row, margin in zip(rows[world().share], changes.margins(), strict=True):
-        job.path.set_random_state(seed=row.seed)
-        case = job.cache(job.train[row.case_index])
-        found = pick({**case, "foreground": row.foreground, "margin": margin})
-        regions.append(Region(found["image"].as_tensor(), found["mask"].as_tensor(), found["centre"]))
-    return regions, changes
+    wanted = [
+        (row.seed, {**job.cache(job.train[row.case_index]), "foreground": row.foreground, "margin": margin})
+        for row, margin in zip(rows[world().share], changes.margins(), strict=True)
+    ]
+    return read_regions(job.path, wanted), changes
 
 
 class Learner:

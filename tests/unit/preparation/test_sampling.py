@@ -154,6 +154,19 @@ def test_same_random_state_same_region_in_a_compose_of_monai() -> None:
     assert not all(np.array_equal(first[0], b) for b in first[1:])
 
 
+def test_a_seed_is_that_of_numpy_and_leaves_a_given_state_alone() -> None:
+    """Numbers of the first version, which made a RandomState for each seed."""
+    sample = SamplePatch((4, 4, 4))
+    for seed in (0, 7, 2**31, 7):
+        numbers = sample.set_random_state(seed=seed).R.randint(10**6, size=5)
+        assert np.array_equal(numbers, np.random.RandomState(seed).randint(10**6, size=5))
+    state = np.random.RandomState(3)
+    sample.set_random_state(state=state)
+    assert sample.R is state
+    sample.set_random_state(seed=1)
+    assert np.array_equal(state.randint(99, size=5), np.random.RandomState(3).randint(99, size=5))
+
+
 @settings(max_examples=50)
 @given(cases=st.integers(1, 12), batch=st.integers(1, 7), share=st.integers(0, 100), seed=st.integers(0, 2**31))
 def test_cases_take_turns_and_the_foreground_share_is_kept(cases: int, batch: int, share: int, seed: int) -> None:

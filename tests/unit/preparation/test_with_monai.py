@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd, RandFlipd, ScaleIntensityd, Spacingd, SpatialCropd
 
 from medseg.preparation.cache import CaseCache, prepare_cases
-from medseg.preparation.path import after_cache, geometry_and_intensity, training_path, up_to_cache
+from medseg.preparation.path import after_cache, geometry_and_intensity, read_regions, training_path, up_to_cache
 from medseg.preparation.preprocess import CropToContent, LoadStudy, Orient, Resample
 from medseg.preparation.sampling import SamplePatch
 from medseg.spec import Dataset, load_dataset
@@ -101,6 +101,28 @@ def test_one_visible_path_from_file_to_patch(tmp_path: Path, dataset: Dataset, m
     first, again, other = regions(1), regions(1), regions(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("added", [[], [RandFlipd(BOTH, prob=0.5, spatial_axis=0)]])
+def test_regions_of_a_batch_are_those_of_the_path(
+    tmp_path: Path, dataset: Dataset, make_plan: Make, added: list[Any]
+) -> None:
+    """Read directly or through whatever follows in the Compose: what a new random state of the same seed gives."""
+    plan = make_plan(dataset.spec, patch_size=(8, 8, 8))
+    cache = CaseCache(tmp_path, dataset.spec, plan)
+    path = Compose([*training_path(dataset.spec, plan, cache).transforms, *added])
+    prepare_cases(up_to_cache(path), cache, dataset.cases)
+    wanted = [
+        (seed, {**cache(dataset.cases[seed % 2]), "foreground": seed % 3 == 0, "margin": (seed % 2, 0, seed)})
+        for seed in range(12)
+    ]
+    for region, (seed, data) in zip(read_regions(path, wanted), wanted, strict=True):
+        path.set_random_state(seed=seed)
+        expected = after_cache(path)(data)
+        assert torch.equal(region.image, expected["image"].as_tensor())
+        assert torch.equal(region.mask, expected["mask"].as_tensor())
+        assert region.centre == expected["centre"]
+        assert type(region.image) is torch.Tensor
 
 
 def test_patches_are_pieces_of_the_oriented_study(dataset: Dataset, make_plan: Make) -> None:
