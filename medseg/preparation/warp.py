@@ -19,8 +19,10 @@ from torch import Tensor
 from medseg.planning.plan import Triple
 from medseg.preparation.space import Space
 
-SLAB = 2**16
-"""Voxels that are sampled at once on the CPU: what is needed of them stays in the cache of a core."""
+SLAB = 2**17
+"""Voxels that are sampled at once on the CPU: what is needed of them stays near a core."""
+ROUNDING = 1e-3
+"""Voxels: far more than coordinates in single precision are off by."""
 
 
 @dataclass(frozen=True)
@@ -90,47 +92,70 @@ class _Points:
         self.axes = [torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in size]
         self.last = linear_matrix(1, 1)
         self.field: Tensor | None = None
+        self.bend = [0.0, 0.0, 0.0]
         if space.control is not None and bool((space.control[number] != 0).any()):
             control = space.control[number]
             first, second, self.last = (linear_matrix(p, n) for p, n in zip(control.shape[1:], size, strict=True))
             self.field = torch.einsum("xa,yb,dabc->dxyc", first, second, control)
+            self.bend = control.abs().flatten(1).amax(1).tolist()
 
-    def slab(self, axis: int, rows: slice, centre: float) -> Tensor:
-        """Return (rows, J, K) coordinates along an axis."""
+    def slab(self, axis: int, rows: slice, centre: float, out: Tensor) -> None:
+        """Fill `out` (rows, J, K) with coordinates along an axis."""
         a, b, c = (m * x for m, x in zip(self.matrix[axis], self.axes, strict=True))
         plane = (a[rows] + centre)[:, None] + b
-        points: Tensor = plane[:, :, None] + c
-        return points if self.field is None else points.add_(self.field[axis, rows] @ self.last.t())
+        torch.add(plane[:, :, None], c, out=out)
+        if self.field is not None:
+            out.add_(self.field[axis, rows] @ self.last.t())
+
+    def within(self, axis: int, rows: slice, centre: float, size: int) -> bool:
+        """Tell whether all coordinates of a slab surely lie between the first and the last of `size` voxels."""
+        m = self.matrix[axis]
+        half = [(len(a) - 1) / 2 for a in self.axes]
+        ends = [m[0] * (end - half[0]) + centre for end in (rows.start, rows.stop - 1)]
+        reach = abs(m[1]) * half[1] + abs(m[2]) * half[2] + self.bend[axis] + ROUNDING
+        return min(ends) - reach > 0 and max(ends) + reach < size - 1
 
 
 def _gathered(region: Region, points: _Points, image: Tensor, mask: Tensor) -> None:
-    """Fill one patch, image (C, *size) and mask (1, *size), on the CPU."""
+    """Fill one patch, image (C, *size) and mask (1, *size), on the CPU.
+
+    The index of a voxel is put together in floating point, where it is exact: that saves conversions.
+    """
     shape = region.image.shape[1:]
     strides = (shape[1] * shape[2], shape[2], 1)
     flat_image, flat_mask = region.image.flatten(1), region.mask.flatten()
-    depth = max(1, SLAB // (image.shape[2] * image.shape[3]))
+    exact = torch.float32 if flat_mask.numel() <= 2**24 else torch.float64
+    depth = min(image.shape[1], max(1, SLAB // (image.shape[2] * image.shape[3])))
     for begin in range(0, image.shape[1], depth):
         rows = slice(begin, begin + depth)
-        base = nearest = torch.zeros((), dtype=torch.int32)
+        target = image[:, rows]
+        low = torch.empty(target.shape[1:])
+        base, nearest = torch.zeros((2, *low.shape), dtype=exact)
         shares = []
         for axis, (n, stride) in enumerate(zip(shape, strides, strict=True)):
-            x = points.slab(axis, rows, region.centre[axis]).clamp_(0, n - 1)
-            nearest = nearest + x.round().int() * stride
-            low = x.floor().clamp_(max=max(n - 2, 0))
-            base = base + low.int() * stride
+            x = torch.empty_like(low)
+            points.slab(axis, rows, region.centre[axis], x)
+            within = points.within(axis, rows, region.centre[axis], n)
+            if not within:
+                x.clamp_(0, n - 1)
+            nearest.add_(torch.round(x, out=low), alpha=stride)
+            torch.floor(x, out=low)
+            if not within:
+                low.clamp_(max=max(n - 2, 0))
+            base.add_(low, alpha=stride)
             if n > 1:  # an axis of one voxel has no neighbours
-                shares.append((x.sub_(low), stride))
+                shares.append((x.sub_(low).flatten(), stride))
+        places = base.int().flatten()
         for channel, values in enumerate(flat_image):
-            image[channel, rows] = _lerped(values, base.flatten(), shares).reshape(base.shape)
-        mask[0, rows] = flat_mask.index_select(0, nearest.flatten()).reshape(nearest.shape)
+            target[channel] = _lerped(values, places, shares).reshape(low.shape)
+        mask[0, rows] = flat_mask.index_select(0, nearest.int().flatten()).reshape(low.shape)
 
 
 def _lerped(values: Tensor, base: Tensor, shares: list[tuple[Tensor, int]]) -> Tensor:
     """Return (N,) trilinear values from eight gathers, at `base` and its neighbours."""
     steps = [(0, stride) for _, stride in shares]
     found = [values[sum(step) :].index_select(0, base) for step in product(*steps)]
-    for share, _ in reversed(shares):
-        weight = share.flatten()
+    for weight, _ in reversed(shares):
         found = [low.lerp_(high, weight) for low, high in zip(found[::2], found[1::2], strict=True)]
     return found[0]
 
