@@ -65,7 +65,8 @@ def write_cases(name: str, data: Path, folder: Path, number: int) -> None:
             mask = ((image > 150).astype(np.uint8) + (image > 300)).astype(np.uint8)
         else:
             mask = np.asarray(nibabel.load(mask_file).dataobj).astype(np.uint8)
-        image = (image - image.mean()) / image.std()
+        # In the order of medseg's cache, nnU-Net's files and a tensor; NIfTI has the other one.
+        image, mask = np.ascontiguousarray((image - image.mean()) / image.std()), np.ascontiguousarray(mask)
         places = [np.argwhere(mask == label) for label in (1, 2)]
         rows = [np.column_stack([np.full(len(p), n), p])[:: max(1, len(p) // 2000)] for n, p in enumerate(places)]
         place = folder / f"{index:03d}"

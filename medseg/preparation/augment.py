@@ -62,10 +62,13 @@ def augment(regions: Sequence[Region], changes: Changes) -> tuple[Tensor, Tensor
     """
     images, masks = apply_space(regions, changes.space, changes.size)
     for name, (numbers, use) in changes.intensities.items():
-        chosen = use.nonzero().flatten()
-        if len(chosen) == len(images):
-            images = AUGMENTATIONS[name].apply(images, numbers)
-        elif len(chosen):
-            rows = chosen.to(images.device)
-            images[rows] = AUGMENTATIONS[name].apply(images[rows], numbers[chosen])
+        chosen = [number for number, used in enumerate(use.tolist()) if used]
+        if not chosen:
+            continue
+        if chosen[-1] - chosen[0] + 1 == len(chosen):  # neighbours: nothing has to be gathered
+            part = images[chosen[0] : chosen[-1] + 1]
+            part.copy_(AUGMENTATIONS[name].apply(part, numbers[use]))
+        else:
+            rows = torch.tensor(chosen, device=images.device)
+            images[rows] = AUGMENTATIONS[name].apply(images[rows], numbers[use])
     return images, masks

@@ -1,7 +1,8 @@
 """Random changes of intensities, each on all patches at once that were drawn for it.
 
 Ranges follow nnU-Net's (Isensee et al. 2021, supplement), which are proven on many datasets. Blurring and a lower
-resolution are one small matrix along each axis and patch, which is fast on every device.
+resolution are one small matrix along each axis and patch, which is fast on every device. What is given is left as it
+is; after the first step a change works in place, as fresh memory costs more than most of the arithmetic.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _noise(images: Tensor, numbers: Tensor) -> Tensor:
     noise = torch.empty_like(images)
     for patch, number in zip(noise, numbers.tolist(), strict=True):
         patch.normal_(generator=torch.Generator(device=images.device).manual_seed(int(number * 2**40)))
-    return images + noise * _per_patch(numbers, images)
+    return noise.mul_(_per_patch(numbers, images)).add_(images)
 
 
 def _blur(images: Tensor, sigmas: Tensor) -> Tensor:
@@ -56,13 +57,20 @@ def _blur(images: Tensor, sigmas: Tensor) -> Tensor:
     kernels = torch.exp(-0.5 * (reach / sigmas[:, None]) ** 2)
     kernels = kernels * (reach.abs() <= (3 * sigmas).int().clamp(min=1)[:, None])
     kernels = (kernels / kernels.sum(1, keepdim=True)).float()
-    return _along_axes(images, [_banded(kernels, n) if n > 1 else None for n in images.shape[2:]])
+    banded = {n: _banded(kernels, n) for n in set(images.shape[2:]) if n > 1}
+    return _along_axes(images, [banded.get(n) for n in images.shape[2:]])
+
+
+@lru_cache(maxsize=64)
+def _reached(size: int) -> Tensor:
+    """Return (size, 2 WIDEST + 1): what a blur reads for each voxel, the borders continued by their last voxel."""
+    places = torch.arange(size)[:, None] + torch.arange(-WIDEST, WIDEST + 1)
+    return places.clamp_(0, size - 1)
 
 
 def _banded(kernels: Tensor, size: int) -> Tensor:
-    """Return (N, size, size): convolution with (N, 2 WIDEST + 1), the borders continued by their last voxel."""
-    places = torch.arange(size)[:, None] + torch.arange(-WIDEST, WIDEST + 1)
-    places = places.clamp(0, size - 1).expand(len(kernels), size, -1)
+    """Return (N, size, size): convolution with (N, 2 WIDEST + 1)."""
+    places = _reached(size).expand(len(kernels), size, -1)
     weights = kernels[:, None].expand(-1, size, -1)
     return torch.zeros(len(kernels), size, size).scatter_add_(2, places, weights)
 
@@ -83,19 +91,21 @@ def _contrast(images: Tensor, factors: Tensor) -> Tensor:
     axes = (2, 3, 4)
     mean = images.mean(dim=axes, keepdim=True)
     low, high = images.amin(dim=axes, keepdim=True), images.amax(dim=axes, keepdim=True)
-    return ((images - mean) * _per_patch(factors, images) + mean).clamp(low, high)
+    return (images - mean).mul_(_per_patch(factors, images)).add_(mean).clamp_(low, high)
 
 
 def _gamma(images: Tensor, exponents: Tensor) -> Tensor:
     """Raise each channel to a power between its extremes, keeping mean and deviation (negative: inverted)."""
     axes = (2, 3, 4)
     exponent = _per_patch(exponents, images)
-    x = images * exponent.sign()
+    sign = exponent.sign()
+    x = images * sign
     low, high = x.amin(dim=axes, keepdim=True), x.amax(dim=axes, keepdim=True)
     mean, deviation = x.mean(dim=axes, keepdim=True), x.std(dim=axes, correction=0, keepdim=True)
-    powered = ((x - low) / (high - low).clamp(min=1e-6)) ** exponent.abs()
+    powered = x.sub_(low).div_((high - low).clamp_(min=1e-6)).pow_(exponent.abs())
     spread = powered.std(dim=axes, correction=0, keepdim=True).clamp(min=1e-6)
-    return ((powered - powered.mean(dim=axes, keepdim=True)) / spread * deviation + mean) * exponent.sign()
+    powered.sub_(powered.mean(dim=axes, keepdim=True)).div_(spread)
+    return powered.mul_(deviation).add_(mean).mul_(sign)
 
 
 def _low_resolution(images: Tensor, factors: Tensor) -> Tensor:

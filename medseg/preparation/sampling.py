@@ -51,9 +51,9 @@ class SamplePatch(Randomizable, Transform):
         locations = data["locations"]
         shape = data["image"].shape[1:]
         if data["foreground"] and len(locations):
-            present = np.unique(locations[:, 0])
-            label = present[self.R.randint(len(present))]
-            rows = np.flatnonzero(locations[:, 0] == label)
+            labels = np.ascontiguousarray(locations[:, 0])
+            present = np.unique(labels)
+            rows = np.flatnonzero(labels == present[self.R.randint(len(present))])
             i, j, k = (int(x) for x in locations[rows[self.R.randint(len(rows))], 1:])
         else:
             i, j, k = (int(self.R.randint(n)) for n in shape)

@@ -113,7 +113,7 @@ class _Points:
         half = [(len(a) - 1) / 2 for a in self.axes]
         ends = [m[0] * (end - half[0]) + centre for end in (rows.start, rows.stop - 1)]
         reach = abs(m[1]) * half[1] + abs(m[2]) * half[2] + self.bend[axis] + ROUNDING
-        return min(ends) - reach > 0 and max(ends) + reach < size - 1
+        return bool(min(ends) - reach > 0 and max(ends) + reach < size - 1)
 
 
 def _gathered(region: Region, points: _Points, image: Tensor, mask: Tensor) -> None:
