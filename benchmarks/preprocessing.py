@@ -2,11 +2,15 @@
 
     python benchmarks/preprocessing.py --peers /work/peers/bin/python --rounds 3
 
-Whole command, in turn: `nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres --verify_dataset_integrity`, and `medseg plan`
-(which measures step times, too) followed by the preparation of all cases as `medseg train` does it. CT-sized: a CT of a
-body at 3 mm (122×101×112) is brought to --spacing in memory: nnU-Net's default resampling of image (order 3) and mask
+Whole command, in turn: `nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres --verify_dataset_integrity`, and what `medseg
+train` does before its first step, in one process: plan, then prepare all cases. Once without known step times, so that
+the plan measures them (nnU-Net's measures none), and once more with those; and once as two commands. CT-sized: a CT of
+a body at 3 mm (122×101×112) is brought to --spacing in memory: nnU-Net's default resampling of image (order 3) and mask
 (order 1), medseg's Resample (trilinear) and its splines of order 3, which models of nnU-Net get. Not the same work:
 nnU-Net's default is splines where medseg's is trilinear, and it writes compressed files; the rows say what each did.
+
+Beside seconds of the clock stand those of the processors, of all processes together: other work on the machine changes
+them less.
 """
 
 from __future__ import annotations
@@ -14,15 +18,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+PLAN = """
+from pathlib import Path
+import sys
+from medseg import api
+api.plan(Path(sys.argv[1]), out=Path(sys.argv[2]))
+"""
 PREPARE = """
 import sys
 from pathlib import Path
@@ -43,13 +56,22 @@ mask = (data > 150).astype(np.int8)
 new = [float(x) for x in sys.argv[2].split(",")]
 size = [int(x) for x in sys.argv[3].split(",")]
 for array, seg, order in ((data, False, 3), (mask, True, 1)):
-    began = time.monotonic()
+    began, used = time.monotonic(), time.process_time()
     resample_data_or_seg_to_shape(array, size, (3.0, 3.0, 3.0), new, is_seg=seg, order=order, order_z=0)
-    print(time.monotonic() - began)
+    print(time.monotonic() - began, time.process_time() - used)
 """
+Seconds = tuple[float, float]
+"""By the clock, and of processors."""
 
 
-def ct_rows(data: Path, peers: str, spacing: float, work: Path) -> dict[str, float]:
+def timed(work: Callable[[], Any]) -> tuple[Any, Seconds]:
+    """Return what a function in this process returns, and what it took."""
+    began, used = time.monotonic(), time.process_time()
+    result = work()
+    return result, (time.monotonic() - began, time.process_time() - used)
+
+
+def ct_rows(data: Path, peers: str, spacing: float, work: Path) -> dict[str, Seconds]:
     """Return seconds of each way, and print medseg's errors against scipy."""
     import nibabel
     import torch
@@ -62,17 +84,13 @@ def ct_rows(data: Path, peers: str, spacing: float, work: Path) -> dict[str, flo
     image = np.asarray(nibabel.load(data / "ct_body" / "ct_3mm_112.nii.gz").dataobj, dtype=np.float32)[None]
     size = tuple(round(n * 3 / spacing) for n in image.shape[1:])
     np.save(work / "ct.npy", image)
-    found = {}
     x = torch.from_numpy(image)
-    began = time.monotonic()
-    linear = resize_linear(x, size, labels=False)  # type: ignore[arg-type]
-    found["medseg, image trilinear"] = time.monotonic() - began
-    began = time.monotonic()
-    resize_linear((x > 150).to(torch.uint8), size, labels=True)  # type: ignore[arg-type]
-    found["medseg, mask trilinear"] = time.monotonic() - began
-    began = time.monotonic()
-    cubic = resize(x, size, Interpolation(order=3, order_z=0), None)
-    found["medseg, image by splines of order 3"] = time.monotonic() - began
+    mask = (x > 150).to(torch.uint8)
+    rule = Interpolation(order=3, order_z=0)
+    found: dict[str, Seconds] = {}
+    linear, found["medseg, image trilinear"] = timed(lambda: resize_linear(x, size))  # type: ignore[arg-type]
+    _, found["medseg, mask trilinear"] = timed(lambda: resize_linear(mask, size, labels=True))  # type: ignore[arg-type]
+    cubic, found["medseg, image by splines of order 3"] = timed(lambda: resize(x, size, rule, None))
     zoom = [b / a for a, b in zip(image.shape[1:], size, strict=True)]
     for name, order, ours in (("trilinear", 1, linear), ("splines of order 3", 3, cubic)):
         exact = ndimage.zoom(image[0].astype(np.float64), zoom, order=order, mode="nearest", grid_mode=True)
@@ -81,8 +99,12 @@ def ct_rows(data: Path, peers: str, spacing: float, work: Path) -> dict[str, flo
         print(f"{name}: error against scipy in double precision: largest {error.max():.2g} HU, mean {error.mean():.2g}")
     arguments = [str(work / "ct.npy"), ",".join([str(spacing)] * 3), ",".join(map(str, size))]
     done = subprocess.run([peers, "-c", NNUNET, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    *_, image_seconds, mask_seconds = (float(line) for line in done.stdout.split())
-    return {**found, "nnU-Net, image by splines of order 3": image_seconds, "nnU-Net, mask order 1": mask_seconds}
+    *_, image_seconds, image_used, mask_seconds, mask_used = (float(word) for word in done.stdout.split())
+    return {
+        **found,
+        "nnU-Net, image by splines of order 3": (image_seconds, image_used),
+        "nnU-Net, mask order 1": (mask_seconds, mask_used),
+    }
 
 
 def raw_dataset(data: Path, work: Path, number: int) -> Path:
@@ -105,24 +127,31 @@ def raw_dataset(data: Path, work: Path, number: int) -> Path:
     return folder
 
 
-def command_rows(peers: str, folder: Path, work: Path, cores: int) -> dict[str, float]:
+def command_rows(peers: str, folder: Path, work: Path, cores: int) -> dict[str, Seconds]:
     """Return seconds of each whole command, from nothing."""
 
-    def run(*command: str) -> float:
-        began = time.monotonic()
+    def run(*command: str) -> Seconds:
+        shutil.rmtree(work / "cache", ignore_errors=True)
+        began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return time.monotonic() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return time.monotonic() - began, used
 
-    for name in ("cache", "preprocessed", "results"):
+    for name in ("step times", "preprocessed", "results"):
         shutil.rmtree(work / name, ignore_errors=True)
     environment = {**os.environ, "nnUNet_raw": str(folder.parent), "nnUNet_preprocessed": str(work / "preprocessed"),
-                   "nnUNet_results": str(work / "results")}  # fmt: skip
+                   "nnUNet_results": str(work / "results"), "MEDSEG_CACHE": str(work / "step times")}  # fmt: skip
     (work / "preprocessed").mkdir()
-    plan = str(work / "plan.yaml")
-    planned = run(sys.executable, "-m", "medseg", "plan", str(folder), "--out", plan)
+    places = (str(folder), str(work / "plan.yaml"), str(work / "cache"))
+    both = (sys.executable, "-c", PLAN + PREPARE, *places)
     found = {
-        "medseg plan (fingerprint, step times measured)": planned,
-        "medseg, cases": run(sys.executable, "-c", PREPARE, str(folder), plan, str(work / "cache")),
+        "medseg, plan and cases, step times measured": run(*both),
+        "medseg, plan and cases, step times known": run(*both),
+        "medseg plan (a command of its own, step times known)": run(
+            sys.executable, "-m", "medseg", "plan", places[0], "--out", places[1]
+        ),
+        "medseg, cases (a process of its own)": run(sys.executable, "-c", PREPARE, *places),
     }
     entry = str(Path(peers).with_name("nnUNetv2_plan_and_preprocess"))
     options = ("-d", "4", "-c", "3d_fullres", "-np", str(cores), "-npfp", str(cores), "--verify_dataset_integrity")
@@ -140,7 +169,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/medseg-preprocessing"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[Seconds]] = {}
     folder = raw_dataset(options.data, options.work, options.cases)
     for _ in range(options.rounds):
         found = ct_rows(options.data, options.peers, options.spacing, options.work)
@@ -148,9 +177,11 @@ def main() -> None:
         for name, seconds in found.items():
             rows.setdefault(name, []).append(seconds)
     print(f"\nCT to {options.spacing} mm: seconds a case; whole commands: seconds for {options.cases} cases\n")
-    print("| way | s, median | all |\n|---|---|---|")
+    print("| way | s, median | all | of processors, median |\n|---|---|---|---|")
     for name, every in rows.items():
-        print(f"| {name} | {statistics.median(every):.2f} | {', '.join(f'{s:.2f}' for s in every)} |")
+        walls, used = zip(*every, strict=True)
+        each = ", ".join(f"{s:.2f}" for s in walls)
+        print(f"| {name} | {statistics.median(walls):.2f} | {each} | {statistics.median(used):.2f} |")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,13 @@ from medseg.errors import ExportError
 PARTIAL_PREFIX = ".partial-"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | None = None) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], None], *, mode: int | None = None, synced: bool = True
+) -> None:
     """Let `write` fill a temporary file beside `path`, sync it, then rename it to `path`.
 
-    The temporary name ends like `path` because several libraries choose the format by the suffix.
+    The temporary name ends like `path` because several libraries choose the format by the suffix. Not `synced`, a file
+    outlives the process, not a power cut: for what is verified when it is read, and can be made again.
 
     Raises
     ------
@@ -33,12 +36,14 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, mode: int | N
             # Before the first byte: what is private must not be readable while it is written.
             temporary.touch(mode=mode, exist_ok=False)
         write(temporary)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
+        if synced:
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
         if mode is not None:
             temporary.chmod(mode)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if synced:
+            sync_folder(path.parent)
     except OSError as error:
         raise ExportError(
             f"{path.name}: cannot be written ({error.strerror or error}); nothing was left under this name. "
@@ -63,18 +68,18 @@ def sweep(folder: Path, *, deep: bool = True) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
+def write_text(path: Path, text: str, *, mode: int | None = None, synced: bool = True) -> None:
     """Write `text` (UTF-8) atomically."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    write_atomically(path, write, mode=mode)
+    write_atomically(path, write, mode=mode, synced=synced)
 
 
-def write_json(path: Path, value: Any, *, mode: int | None = None) -> None:
+def write_json(path: Path, value: Any, *, mode: int | None = None, synced: bool = True) -> None:
     """Write `value` as indented JSON with sorted keys, atomically."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", mode=mode)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", mode=mode, synced=synced)
 
 
 def canonical_json(value: Any) -> bytes:

@@ -50,7 +50,7 @@ class Volume:
         affine = np.array(self.affine, dtype=np.float64)
         if self.array.ndim != 4 or 0 in self.array.shape:
             raise GeometryError(f"a volume is (C, I, J, K) without empty axes, got shape {self.array.shape}")
-        if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.allclose(affine[3], (0, 0, 0, 1)):
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or _bottom_differs(affine[3]):
             raise GeometryError(
                 f"the affine must be a finite 4x4 matrix with last row 0 0 0 1, got {affine.tolist()}",
                 code="BAD_AFFINE",
@@ -100,6 +100,10 @@ class Volume:
         if array.shape[1:] != self.shape:
             raise GeometryError(f"array of shape {array.shape} does not fit a grid of {self.shape}")
         return replace(self, array=array)
+
+
+def _bottom_differs(row: NDArray[np.float64]) -> bool:
+    return bool((np.abs(row - (0, 0, 0, 1)) > (1e-8, 1e-8, 1e-8, 1e-5)).any())
 
 
 def singular(affine: Affine) -> bool:
@@ -162,6 +166,8 @@ def align_to(volume: Volume, reference: Volume) -> Volume | None:
 
     Lossless: a label map saved by another program in another orientation still matches its image.
     """
+    if volume.shape == reference.shape and np.array_equal(volume.affine, reference.affine):
+        return volume
     # Not by the letters of the axes: near 45 degrees the last digit of an affine decides between them.
     relative = np.linalg.inv(reference.affine) @ volume.affine
     turned = _turn(volume, np.asarray(orientations.io_orientation(relative)))

@@ -6,6 +6,7 @@ All sizes and spacings are those of the cases turned to RAS, so that axes mean t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -143,10 +144,11 @@ def survey(
     return _summarise(spec, cases, facts), kept
 
 
-class _Facts(Config):
+@dataclass(frozen=True)
+class _Facts:
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
-    samples: tuple[tuple[float, ...], ...]
+    samples: tuple[list[float], ...]
     label_ml: dict[str, float]
     thickness: dict[str, float]
     annotated: float
@@ -163,7 +165,7 @@ def _facts(spec: Spec, study: Study) -> _Facts:
     return _Facts(
         shape=image.shape,
         spacing=image.spacing,
-        samples=tuple(tuple(_sample(channel, foreground)) for channel in image.array),
+        samples=tuple(_sample(channel, foreground) for channel in image.array),
         label_ml={name: count * image.voxel_volume / 1000 for name, count in counts.items() if count},
         thickness=thickness(mask, image.spacing, spec.foreground, counts),
         annotated=float(known.mean()),
@@ -208,7 +210,8 @@ def _sample(channel: NDArray[np.generic], foreground: NDArray[np.bool_]) -> list
     """Return up to SAMPLES_PER_CASE foreground values, evenly spread (all voxels where there is no foreground)."""
     values = channel[foreground] if foreground.any() else channel.ravel()
     spread = np.linspace(0, values.size - 1, min(values.size, SAMPLES_PER_CASE)).round().astype(np.int64)
-    return [float(v) for v in values[spread]]
+    rows: list[float] = values[spread].astype(np.float64).tolist()
+    return rows
 
 
 def _summarise(spec: Spec, cases: Sequence[Case], facts: list[_Facts]) -> Fingerprint:

@@ -2,7 +2,8 @@
 
 One folder a case, named by a digest of everything that the content depends on: source files, spec, the plan's
 preparation. ``meta.json`` is written last: without it the folder counts as absent. A case written by an earlier
-process is verified against its digests when it is first opened; a damaged one is prepared again.
+process is verified against its digests when it is first opened; a damaged one is prepared again. So nothing waits for
+the disk: what a power cut takes is noticed.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ class CaseCache(Transform):
         self.spec = spec
         self._recipe = digest([CACHE_FORMAT, spec_digest(spec), plan.preparation])
         self._open: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, Path] = {}
 
     def place(self, case: Case) -> Path:
-        """Return the folder of a case."""
-        return self.folder / f"{case.id}-{digest([self._recipe, source_digest(case)])[:16]}"
+        """Return the folder of a case, by what its files held when it was first asked for."""
+        if case.id not in self._places:
+            self._places[case.id] = self.folder / f"{case.id}-{digest([self._recipe, source_digest(case)])[:16]}"
+        return self._places[case.id]
 
     def __call__(self, data: Case | Mapping[str, Any]) -> dict[str, Any]:
         """Store prepared data, or open a case that was stored."""
@@ -85,8 +89,8 @@ class CaseCache(Transform):
             "locations.npy": class_locations(self.spec, mask[0]),
         }
         for name, array in content.items():
-            write_atomically(place / name, _npy_writer(array))
-        write_json(place / "meta.json", {"files": {name: file_digest(place / name) for name in _FILES}})
+            write_atomically(place / name, _npy_writer(array), synced=False)
+        write_json(place / "meta.json", {"files": {name: file_digest(place / name) for name in _FILES}}, synced=False)
         return place
 
 

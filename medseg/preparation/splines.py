@@ -26,6 +26,9 @@ ANISOTROPIC = 3.0
 """A spacing over this many times another is resampled apart (nnU-Net's ANISO_THRESHOLD)."""
 LABELS = Interpolation(order=1, order_z=0)
 """How the masks that are learnt from are resampled (nnU-Net's resampling_fn_seg)."""
+NOTHING = 1e-20
+"""A smaller share of a voxel counts as none. A spline reaches over the whole axis, a quarter as strong each voxel
+further: in single precision many shares would be denormal numbers, with which processors multiply many times slower."""
 
 
 def header_spacing(affine: NDArray[Any]) -> list[float]:
@@ -55,7 +58,7 @@ def coarse_axis(rule: Interpolation, before: Sequence[float], after: Sequence[fl
 def spline_matrix(before: int, after: int, order: int) -> NDArray[np.float64]:
     """Return the matrix (after, before) of a resampling along one axis."""
     zoomed = ndimage.zoom(np.eye(before), (after / before, 1.0), order=order, mode="nearest", grid_mode=True)
-    return np.asarray(zoomed)
+    return np.where(np.abs(zoomed) < NOTHING, 0.0, zoomed)
 
 
 def resize(x: Tensor, size: Sequence[int], rule: Interpolation, coarse: int | None) -> Tensor:
@@ -70,7 +73,9 @@ def resize(x: Tensor, size: Sequence[int], rule: Interpolation, coarse: int | No
     low, high = x.amin(within, keepdim=True), x.amax(within, keepdim=True)
     for axis in sorted(first, key=lambda a: size[a] / x.shape[a + 1]):
         x = spline_along(x, axis + 1, size[axis], rule.order)
-    x = torch.maximum(torch.minimum(x, high), low)
+    if first:  # else nothing has changed, and `x` is the caller's
+        torch.minimum(x, high, out=x)
+        torch.maximum(x, low, out=x)
     if coarse is not None:
         x = spline_along(x, coarse + 1, size[coarse], rule.order_z)
     return x.contiguous()

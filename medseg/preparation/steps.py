@@ -77,8 +77,8 @@ def resize_linear(x: Tensor, size: Shape, *, labels: bool = False) -> Tensor:
     result = torch.zeros((1, *size), dtype=x.dtype)
     for value in torch.unique(x).tolist():
         share = F.interpolate((x == value)[None].float(), size, mode="trilinear")[0]
-        result[share > best] = value
-        best = torch.maximum(best, share)
+        result.masked_fill_(share > best, value)
+        torch.maximum(best, share, out=best)
     return result
 
 

@@ -236,6 +236,8 @@ def _affine(path: Path, header: Nifti1Header) -> Affine:
 
 
 def _agree(sform: Affine, qform: Affine) -> bool:
+    if np.array_equal(sform[:3, :3], qform[:3, :3]):  # as most programs write them
+        return True
     return bool(np.allclose(_spacing(sform), _spacing(qform), rtol=0.01)) and _axes(sform) == _axes(qform)
 
 

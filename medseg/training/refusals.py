@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from medseg.display import Display
 from medseg.errors import SpecError, TrainingError
@@ -11,8 +12,10 @@ from medseg.planning.budget import refuse_small_budget
 from medseg.planning.fingerprint import Fingerprint
 from medseg.spec import Case
 from medseg.training.folds import make_folds, repeats, the_fold
-from medseg.training.loop import Job
 from medseg.training.request import Request
+
+if TYPE_CHECKING:
+    from medseg.training.loop import Job  # brings MONAI, whose import takes longer than making a plan
 
 
 def refuse_too_few(cases: Sequence[Case], request: Request) -> None:

@@ -127,6 +127,11 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert loaded(f"import {module}") & HEAVY == set()
 
 
+def test_a_plan_waits_for_no_monai() -> None:
+    code = "import medseg.training.plan_from, medseg.training.refusals, medseg.training.start, medseg.training.manifest"
+    assert loaded(code) & {"monai", "mlflow"} == set()
+
+
 def test_help_imports_nothing_heavy() -> None:
     require("medseg.cli")
     code = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, number: in
     assert str(tmp_path) not in str(caught.value)
     assert names(tmp_path) == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_what_is_not_synced_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.os, "fsync", lambda handle: pytest.fail("synced"))
+    files.write_json(tmp_path / "a.json", [1], synced=False)
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert names(tmp_path) == ["a.json"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

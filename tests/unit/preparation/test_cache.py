@@ -153,11 +153,11 @@ def test_an_interrupted_write_counts_as_absent(
 ) -> None:
     real, written = module.write_atomically, []
 
-    def stop_at_second(path: Path, write: Callable[[Path], None]) -> None:
+    def stop_at_second(path: Path, write: Callable[[Path], None], *, synced: bool) -> None:
         if written:
             raise KeyboardInterrupt
         written.append(path)
-        real(path, write)
+        real(path, write, synced=synced)
 
     monkeypatch.setattr(module, "write_atomically", stop_at_second)
     with pytest.raises(KeyboardInterrupt):

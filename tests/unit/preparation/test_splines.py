@@ -54,6 +54,14 @@ def test_nothing_goes_beyond_the_range_of_the_image() -> None:
     assert overshoot.max() > 1.01
 
 
+def test_matrices_hold_no_denormal_numbers_and_miss_nothing() -> None:
+    exact = ndimage.zoom(np.eye(200), (450 / 200, 1.0), order=3, mode="nearest", grid_mode=True)
+    found = spline_matrix(200, 450, 3)
+    assert np.abs(found[found != 0]).min() > np.finfo(np.float32).tiny
+    assert np.abs(exact[exact != 0]).min() < np.finfo(np.float32).tiny
+    assert np.abs(found - exact).max() < 1e-19
+
+
 @pytest.mark.parametrize(("before", "after"), [(7, 3), (3, 7), (26, 7), (5, 5), (1, 4), (4, 1), (10, 20), (9, 27)])
 def test_nearest_slices_are_those_of_scipy(before: int, after: int) -> None:
     assert nearest_slices(before, after).tolist() == np.argmax(spline_matrix(before, after, 0), axis=1).tolist()
