@@ -18,7 +18,7 @@ from medseg.errors import ExportError
 from medseg.exporters import EXPORTERS
 
 if TYPE_CHECKING:
-    from medseg.inference.predict import Model
+    from medseg.inference.predict import Model, Prediction
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,45 @@ class Outcome:
         return self.entry is None and not self.death
 
 
-Tell = Callable[..., None]
-"""Called with a stage ("checking", "loading", "reading", "predicting", "writing") when it begins, and facts of it."""
+class Course:
+    """The stages of a study ("checking", "loading", "reading", "predicting", "writing"), and who hears of them."""
+
+    def enter(self, stage: str, **facts: str) -> float:
+        """Begin a stage; return the seconds that it had to wait for other studies."""
+        return 0.0
+
+    def call(self, network: Callable[[], Prediction]) -> Prediction:
+        """Let the network work."""
+        return network()
 
 
-def attempt(
-    study: StudyInput, settings: Settings, model: Callable[[], Model], *, tell: Tell = lambda stage, **facts: None
-) -> Outcome:
+ALONE = Course()
+
+
+class _Noted(Course):
+    """A course that stands in the journal; sums up the seconds that the study waited for others."""
+
+    def __init__(self, course: Course, ledger: Ledger, study: str) -> None:
+        self._course, self._ledger, self._study = course, ledger, study
+        self.waited = 0.0
+
+    def enter(self, stage: str, **facts: str) -> float:
+        waited = self._course.enter(stage, **facts)
+        self.waited += waited
+        self._ledger.journal(self._study, {"state": stage})
+        return waited
+
+    def call(self, network: Callable[[], Prediction]) -> Prediction:
+        return self._course.call(network)
+
+
+def attempt(study: StudyInput, settings: Settings, model: Callable[[], Model], *, course: Course = ALONE) -> Outcome:
     """Bring one study to its end and commit it, unless it is settled or another process works on it.
 
     Parameters
     ----------
     model : gives the model; asked only when it is needed.
+    course : the other studies of this process, where there are some.
 
     Raises
     ------
@@ -66,15 +93,15 @@ def attempt(
     with study_lock(settings.out, study.id) as mine:
         if not mine:
             return Outcome()
-        tell("checking")
+        course.enter("checking")
         source = study.digest()
         known = settled(study, source, settings)
         if known is not None:
             ledger.forget_flight(study.id)
             return Outcome(known)
         loaded = model()
-        tell("reading", input_digest=source)
-        return Outcome(_attempt(study, source, settings, loaded, ledger, tell), fresh=True)
+        course.enter("reading", input_digest=source)
+        return Outcome(_attempt(study, source, settings, loaded, ledger, course), fresh=True)
 
 
 def settled(study: StudyInput, source: str, settings: Settings) -> Entry | None:
@@ -85,16 +112,13 @@ def settled(study: StudyInput, source: str, settings: Settings) -> Entry | None:
     )
 
 
-def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, ledger: Ledger, tell: Tell) -> Entry:
+def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, ledger: Ledger, course: Course) -> Entry:
     from medseg.batch.study import segment
 
     ledger.attempt(study.id)
     began = time.monotonic()
     _reset_peak()
-
-    def told(stage: str) -> None:
-        ledger.journal(study.id, {"state": stage})
-        tell(stage)
+    noted = _Noted(course, ledger, study.id)
 
     entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=settings.recipe)
     try:
@@ -107,13 +131,13 @@ def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, l
             mirror=settings.mirror,
             formats=formats,
             max_memory=settings.max_memory,
-            tell=told,
+            course=noted,
         )
     except ExportError:
         with contextlib.suppress(ExportError):  # nor may this have a place to be written
             ledger.end(study.id, {})
         raise
-    commit(ledger, entry, {"seconds": round(time.monotonic() - began, 3), "peak_mb": _peak()})
+    commit(ledger, entry, {"seconds": round(time.monotonic() - began - noted.waited, 3), "peak_mb": _peak()})
     return entry
 
 
@@ -131,7 +155,7 @@ def commit(ledger: Ledger, entry: Entry, facts: dict[str, object], *, forgive: b
 
 
 def _reset_peak() -> None:
-    """Begin to measure the peak of this process's memory anew (Linux 4.0; proc(5))."""
+    """Begin to measure the peak of this process's memory anew, neighbours included (Linux 4.0; proc(5))."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -1,5 +1,7 @@
 """The program of a worker: takes studies line by line, answers how each ended, and dies with who started it.
 
+reading -> network -> writing, each with one study at a time
+
 A study runs in a process of its own kind so that a decoder that aborts, a hang or a memory hog costs that study only.
 See medseg.batch.isolation for the other side.
 """
@@ -12,26 +14,71 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from medseg.batch.attempt import Outcome, attempt
+from medseg.batch.attempt import Course, Outcome, attempt
 from medseg.batch.job import Settings, decode, encode, recipe
 from medseg.batch.locks import present
 from medseg.batch.pipe import readable
 from medseg.errors import BatchError, BundleError, MedsegError
 
 if TYPE_CHECKING:
-    from medseg.inference.predict import Model
+    from medseg.inference.predict import Model, Prediction
 
+WAITS = {"predicting": "read", "writing": "predicted"}
+"""Stage that one study at a time is in -> what is said of a study that waits before it."""
 IDLE_SECONDS = 600.0
 """A worker without work gives its memory back: that of a cluster outlives the run that started it."""
+PREFERRED = 100
+"""Thousandths of the memory by which this process looks larger to the system's memory killer than it is: more than who
+commands it, but no more than who really takes the memory, be it another program."""
+
+
+class Line(Course):
+    """The way of one study through a worker: it leaves a stage when the next one is free, and one study is in each.
+
+    So no more than one study waits before each stage, however fast the one before it is. The guard sends the next study
+    when the one before it has been read.
+    """
+
+    def __init__(self, worker: Worker, number: int) -> None:
+        self._worker, self._number = worker, number
+        self._held: threading.Lock | None = None
+
+    def enter(self, stage: str, **facts: str) -> float:
+        """Begin a stage, as soon as no other study is in it."""
+        began, waits = time.monotonic(), WAITS.get(stage)
+        if waits is not None:
+            lock = self._worker.locks[stage]
+            if not lock.acquire(blocking=False):
+                self._worker.say({"study": self._number, "stage": waits})
+                lock.acquire()
+            self.leave()
+            self._held = lock
+        if stage == "reading":
+            self._worker.begin()
+        self._worker.say({"study": self._number, "stage": stage, **facts})
+        return time.monotonic() - began if waits else 0.0
+
+    def call(self, network: Callable[[], Prediction]) -> Prediction:
+        """Let the network work in its thread: each thread that calls it would get threads and memory of its own."""
+        return self._worker.network.submit(network).result()
+
+    def leave(self) -> None:
+        """Give back the stage that the study is in."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.release()
 
 
 class Worker:
-    """Does studies, one after the other, with one model in memory.
+    """Does studies with one model in memory.
 
     Parameters
     ----------
@@ -40,33 +87,54 @@ class Worker:
     """
 
     def __init__(self, answers: IO[bytes], slot: int = 0) -> None:
-        self._answers = answers
+        self._answers, self._speaking = answers, threading.Lock()
         self._slot = slot
         self._recipe = ""
         self._model: Model | None = None
+        self.locks = {stage: threading.Lock() for stage in WAITS}
+        self.network = ThreadPoolExecutor(1, thread_name_prefix="network")
+        self._studies: set[Future[None]] = set()
+        self._begun = False
 
     def serve(self, requests: Iterator[bytes]) -> None:
-        """Answer each request ``[settings, study]`` until there are no more."""
-        for line in requests:
-            try:
-                settings, study = map(decode, json.loads(line))
-                with present(settings.out):
-                    outcome = attempt(study, settings, partial(self._load, settings), tell=self._tell)
-            except MedsegError as error:
-                self._say({"stop": encode(error)})
-            except OSError as error:
-                stop = BatchError(f"the worker cannot go on ({error.strerror or type(error).__name__})", code="WORKER")
-                self._say({"stop": encode(stop)})
-            else:
-                self._say({"outcome": _plain(outcome)})
+        """Answer each request ``[number, settings, study]`` until there are no more."""
+        with ThreadPoolExecutor(len(WAITS) + 1, thread_name_prefix="study") as pool:
+            for line in requests:
+                number, settings, study = json.loads(line)
+                future = pool.submit(self._do, number, settings, study)
+                future.add_done_callback(_end_with)
+                self._studies = {future, *(each for each in self._studies if not each.done())}
 
-    def _tell(self, stage: str, **facts: str) -> None:
-        self._say({"stage": stage, **facts})
+    def busy(self) -> bool:
+        """Whether a study is under way."""
+        return not all(each.done() for each in self._studies)
 
-    def _load(self, settings: Settings) -> Model:
-        """Return the model, loaded once as long as it stays the same."""
+    def begin(self) -> None:
+        """Be about to read a study: what libraries say from now on may be about a patient, and goes nowhere."""
+        if not self._begun and not os.environ.get("MEDSEG_DEBUG"):
+            os.dup2(1, 2)
+        self._begun = True
+
+    def _do(self, number: int, settings: str, study: str) -> None:
+        course = Line(self, number)
+        try:
+            shared = decode(settings)
+            with present(shared.out):
+                outcome = attempt(decode(study), shared, partial(self._load, shared, course), course=course)
+        except MedsegError as error:
+            self.say({"stop": encode(error)})
+        except OSError as error:
+            stop = BatchError(f"the worker cannot go on ({error.strerror or type(error).__name__})", code="WORKER")
+            self.say({"stop": encode(stop)})
+        else:
+            self.say({"study": number, "outcome": _plain(outcome)})
+        finally:
+            course.leave()
+
+    def _load(self, settings: Settings, course: Course) -> Model:
+        """Return the model, loaded once as long as it stays the same; the guard lets no other study be this far."""
         if self._model is None or self._recipe != settings.recipe:
-            self._tell("loading")
+            course.enter("loading")
             from medseg.bundle import BundleInfo
             from medseg.device import best_device
             from medseg.inference.predict import load_model
@@ -79,9 +147,19 @@ class Worker:
             self._model, self._recipe = model, settings.recipe
         return self._model
 
-    def _say(self, message: dict[str, Any]) -> None:
-        self._answers.write(json.dumps(message).encode("ascii") + b"\n")
-        self._answers.flush()
+    def say(self, message: dict[str, Any]) -> None:
+        """Answer."""
+        with self._speaking:
+            self._answers.write(json.dumps(message).encode("ascii") + b"\n")
+            self._answers.flush()
+
+
+def _end_with(study: Future[None]) -> None:
+    """End this process if a study met what nobody foresaw, with a traceback as any program."""
+    error = study.exception()
+    if error is not None:
+        traceback.print_exception(error)
+        os._exit(1)
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
@@ -100,10 +178,12 @@ def die_with(lifeline: int) -> None:
         os._exit(1)  # it was closed before we listened
 
 
-def lines(source: int) -> Iterator[bytes]:
-    """Yield the lines of a file handle; end when it does, or nothing comes for IDLE_SECONDS."""
+def lines(source: int, busy: Callable[[], bool]) -> Iterator[bytes]:
+    """Yield the lines of a file handle; end when it does, or nothing comes for IDLE_SECONDS while nothing is done."""
     rest = b""
-    while readable(source, IDLE_SECONDS):
+    while readable(source, IDLE_SECONDS) or busy():
+        if not readable(source, 0):
+            continue
         data = os.read(source, 1 << 20)
         if not data:
             return
@@ -115,13 +195,15 @@ def main(lifeline: int, slot: int) -> None:
     """Be a worker on stdin and stdout."""
     die_with(lifeline)
     with contextlib.suppress(OSError):  # the system's memory killer must take this process, not who commands it
-        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
+        place = Path("/proc/self/oom_score_adj")
+        place.write_text(str(min(1000, int(place.read_text()) + PREFERRED)), encoding="ascii")
     answers = os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)  # what libraries print must not come among the answers
     # While the command still looks for studies, this one imports what it will need.
     threading.Thread(target=__import__, args=("medseg.batch.study",), daemon=True).start()
-    Worker(answers, slot).serve(lines(0))
+    worker = Worker(answers, slot)
+    worker.serve(lines(0, worker.busy))
     answers.close()
     os._exit(0)
 

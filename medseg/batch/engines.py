@@ -12,7 +12,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,13 +22,17 @@ import psutil
 
 from medseg.batch.attempt import Outcome
 from medseg.batch.cluster import ClusterConfig
-from medseg.batch.isolation import Child, Limits
+from medseg.batch.isolation import UNSHARED, Child, Job, Limits
 from medseg.batch.job import Settings, encode
+from medseg.batch.memory import image_bytes
 from medseg.batch.study_input import StudyInput
+from medseg.batch.waiting import Waiting
 from medseg.errors import BatchError, ConfigError
 
 TIMEOUT = 2 * 3600.0
 """Seconds that one study may take unless told."""
+STAGES = 3
+"""Studies that a worker of this machine may have: one is read, one predicted, one written (medseg.batch.child)."""
 _SHARE = 0.9
 """Of the machine's memory that all its workers may take together unless told."""
 
@@ -96,37 +100,34 @@ def started(workers: Workers) -> Iterator[Engine]:
 
 
 class _Local:
-    """Worker processes of this machine, each guarded by a thread."""
+    """Worker processes of this machine, each guarded by a thread that takes studies from one queue."""
 
     def __init__(self, workers: Workers) -> None:
         threads = _threads(workers.count)
         self._children = [Child(workers.limits, slot=slot, threads=threads) for slot in range(workers.count)]
-        self._free = list(self._children)
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(workers.count, thread_name_prefix="medseg-guard")
-        for child in self._children:
-            child.start()  # it imports what it needs while studies are still being looked for
+        self._waiting = Waiting()
+        self._guards = [threading.Thread(target=c.serve, args=(self._waiting.take,)) for c in self._children]
+        for child, guard in zip(self._children, self._guards, strict=True):
+            with contextlib.suppress(BatchError):  # tried again with the first study, and told then
+                child.start()  # it imports what it needs while studies are still being looked for
+            guard.start()
 
     def width(self) -> int:
-        return len(self._children)
+        return STAGES * len(self._children)
 
     def submit(self, settings: Settings, study: StudyInput, *, alone: bool = False) -> Future[Outcome]:
-        return self._pool.submit(self._run, encode(settings), encode(study))
+        size = UNSHARED if alone or settings.max_memory is not None else image_bytes(study)
+        job = Job(encode(settings), encode(study), size)
+        self._waiting.add(job)
+        return job.future
 
     def close(self) -> None:
         """End all workers at once."""
+        self._waiting.close()
         for child in self._children:
             child.close()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _run(self, settings: str, study: str) -> Outcome:
-        with self._lock:
-            child = self._free.pop()
-        try:
-            return child.run(settings, study)
-        finally:
-            with self._lock:
-                self._free.append(child)
+        for guard in self._guards:
+            guard.join()
 
 
 def _threads(workers: int) -> int:
@@ -150,7 +151,7 @@ _children: dict[tuple[str, int], Child] = {}
 
 
 class _Dask:
-    """Workers of Dask, each of which guards one process a thread.
+    """Workers of Dask, each of which guards one process a thread, and does one study after the other.
 
     A worker of Dask that dies was ended by somebody, never by a study: Dask then gives the study to another one.
     """

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from medseg.volume import Affine
 
 Shape = tuple[int, int, int]
+UNPACKED = 40
+"""Bytes of float32 a byte of a compressed picture becomes, rather too many."""
 
 
 def memory_text(studies: Sequence[StudyInput], models: Sequence[BundleInfo], limit: int, *, soft: bool = False) -> str:
@@ -46,6 +48,21 @@ def memory_text(studies: Sequence[StudyInput], models: Sequence[BundleInfo], lim
         return f"memory: {error}"
     size = "×".join(map(str, shape))
     return f"memory: the largest image ({size}) needs about {need.text}"
+
+
+def image_bytes(study: StudyInput) -> int:
+    """Return about how many bytes the image of a study takes once it is read, all its channels as float32.
+
+    Of formats whose header is not looked at here it is what their files may unpack to.
+    """
+    rows = study.channels or ((study.series,) if study.series else ())
+    headers = [row.headers for row in rows if row.headers]
+    if headers:
+        return sum(4 * row[0].columns * row[0].rows * len(row) for row in headers)
+    grid = _grid(study)
+    if grid is not None:
+        return 4 * math.prod(grid[0]) * len(study.images)
+    return UNPACKED * sum(file.stat().st_size for file in study.files if file.is_file())
 
 
 def _grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:

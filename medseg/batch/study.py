@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.batch.attempt import ALONE, Course
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.placing import IMAGE_SUFFIX, Placed, place
 from medseg.batch.room import on_disk
@@ -49,7 +51,7 @@ def segment(
     mirror: bool | None,
     formats: Sequence[str],
     max_memory: int | None = None,
-    tell: Callable[[str], None] = lambda stage: None,
+    course: Course = ALONE,
 ) -> Entry:
     """Segment one study into OUT and return `entry` with how it ended; nothing is committed.
 
@@ -57,15 +59,18 @@ def segment(
     ----------
     entry : of the study, with state "failed" and the digests that it is made from.
     max_memory : bytes that the process may take for the prediction; None: as many as it needs.
-    tell : is called with "predicting" and "writing" when these begin.
+    course : is told when predicting and writing begin, and lets the network work.
 
     Raises
     ------
     ExportError : DISK_FULL; nothing else, unless MEDSEG_DEBUG is set.
     """
     try:
-        predict = partial(predict_case, model, mirror=mirror, max_memory=max_memory)
-        return _segment(study, model, ledger, entry, predict=predict, formats=formats, tell=tell)
+
+        def predict(image: Volume, **options: Any) -> Prediction:
+            return course.call(partial(predict_case, model, image, mirror=mirror, max_memory=max_memory, **options))
+
+        return _segment(study, model, ledger, entry, predict=predict, formats=formats, course=course)
     except MedsegError as error:
         if isinstance(error, ExportError) and error.code == "DISK_FULL":
             raise ExportError(f"case {study.id}: {error}", code=error.code) from error
@@ -94,7 +99,7 @@ def _segment(
     *,
     predict: Callable[..., Prediction],
     formats: Sequence[str],
-    tell: Callable[[str], None],
+    course: Course,
 ) -> Entry:
     spec = model.bundle.info.spec
     formats = _with_earlier(formats, study, ledger)
@@ -106,10 +111,10 @@ def _segment(
         raise ExportError(PICTURES_ONLY, code="NEEDS_PICTURE")
     image = read_study(study, spec)
     refuse_constant(image, spec)
-    tell("predicting")
+    course.enter("predicting")
     soft = any(EXPORTERS[name].soft for name in formats)
     found = predict(image, soft=soft, room=partial(on_disk, ledger.out))
-    tell("writing")
+    course.enter("writing")
     placed = place(Result(found.mask, spec, entry.model_digest, image, study.series, found.soft), study.allow)
     outputs, notes = _write(placed, formats, ledger.out, study.id)
     return entry.model_copy(
