@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from medseg.batch import isolation
+from medseg.batch import isolation, process
 from medseg.batch.engines import Workers
 from medseg.batch.isolation import Child, Limits
 from medseg.batch.job import Settings, encode, recipe
@@ -63,9 +64,14 @@ def tree(out: Path) -> dict[str, bytes]:
 
 def test_each_fault_costs_one_study(model: Path, images: Callable[..., Path], tmp_path: Path) -> None:
     folder, out = images("a", "hang", "hog", "once", "z"), tmp_path / "out"
-    found = states(predict([folder], model=model, out=out, workers=Workers(2, timeout=6.0, memory=LIMIT)))
+    found = states(predict([folder], model=model, out=out, workers=Workers(2, timeout=15.0, memory=LIMIT)))
     assert found == {"a": "done", "hang": "TIMEOUT", "hog": "MEMORY", "once": "done", "z": "done"}
-    assert attempts(out) == {"a": 1, "hang": 1, "hog": 1, "once": 2, "z": 1}
+    tried = attempts(out)
+    assert tried["hang"] == 1
+    assert tried["once"] == 2
+    # What one worker had besides is begun again: once for the hang, once for the hog, once for the death.
+    assert tried["hog"] <= 2
+    assert max(tried["a"], tried["z"]) <= 4
     assert not list(out.rglob(".partial-*"))
 
 
@@ -76,7 +82,9 @@ def test_poison_ends_as_such_and_the_next_run_tries_it_once(
     for count in (3, 4):
         found = states(predict([folder], model=model, out=out, workers=Workers()))
         assert found == {"a": "done", "poison": "POISON", "z": "done"}
-        assert attempts(out) == {"a": 1, "poison": count, "z": 1}
+        tried = attempts(out)
+        assert tried["poison"] == count
+        assert max(tried["a"], tried["z"]) <= 2, "they may have been in flight with it"
 
 
 def test_what_the_workers_wrote_is_what_this_process_writes(
@@ -132,14 +140,14 @@ def test_the_model_is_loaded_once(
     model: Path, images: Callable[..., Path], tmp_path: Path, child: Callable[..., Child]
 ) -> None:
     folder, worker, stages = images("a", "b"), child(), []
-    real = worker._message
+    real = worker.process.message
 
-    def listen() -> object:
-        message = real()
+    def listen(seconds: float) -> dict[str, Any] | None:
+        message = real(seconds)
         stages.append((message or {}).get("stage"))
         return message
 
-    worker._message = listen  # type: ignore[method-assign, assignment]
+    worker.process.message = listen  # type: ignore[method-assign]
     for name in ("a", "b"):
         outcome = worker.run(*request(model, tmp_path / "out", folder / f"{name}.nii.gz"))
         assert outcome.entry is not None
@@ -169,27 +177,80 @@ def test_a_model_that_is_larger_than_the_limit_stops_the_run(
     assert caught.value.code == "MEMORY_LIMIT"
 
 
-def test_a_worker_that_cannot_start_stops_the_run(
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Let workers begin with this program."""
+
+    def program(code: str) -> None:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "stand_in.py").write_text(code)
+        monkeypatch.syspath_prepend(str(tmp_path / "bin"))
+        monkeypatch.setattr(process, "PROGRAM", "stand_in")
+        monkeypatch.setattr(isolation, "PAUSE_SECONDS", 0.01)
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("import no_such_library", "status 1, and said last: ModuleNotFoundError: No module named 'no_such_library'"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"was killed \(SIGKILL\)"),
+        ("import os; os.abort()", "signal SIGABRT ended it"),
+    ],
+)
+def test_a_worker_that_cannot_start_stops_the_run_and_says_how_it_ended(
     model: Path,
     images: Callable[..., Path],
     tmp_path: Path,
     child: Callable[..., Child],
     monkeypatch: pytest.MonkeyPatch,
+    starts: Callable[[str], None],
+    code: str,
+    how: str,
 ) -> None:
-    monkeypatch.setattr(isolation, "PROGRAM", "medseg.batch.no_such_program")
+    starts(code)
     monkeypatch.setattr(isolation, "STARTS", 2)
-    with pytest.raises(BatchError, match="2 times in a row") as caught:
+    with pytest.raises(BatchError, match=f"2 times in a row .*{how}") as caught:
         child().run(*request(model, tmp_path / "out", images("a") / "a.nii.gz"))
     assert caught.value.code == "WORKER_START"
+
+
+def test_what_hinders_a_start_may_pass(
+    model: Path,
+    images: Callable[..., Path],
+    tmp_path: Path,
+    child: Callable[..., Child],
+    starts: Callable[[str], None],
+) -> None:
+    """The first three starts fail; the fourth is slow."""
+    starts(
+        "import sys, time; from pathlib import Path\n"
+        "count = Path(__file__).with_name('count')\n"
+        "count.write_text((count.read_text() if count.exists() else '') + 'x')\n"
+        "if len(count.read_text()) < 4: sys.exit('not yet')\n"
+        "time.sleep(1)\n"
+        "from medseg.batch import child; child.main(int(sys.argv[1]), int(sys.argv[2]))\n"
+    )
+    outcome = child().run(*request(model, tmp_path / "out", images("a") / "a.nii.gz"))
+    assert outcome.entry is not None
+    assert outcome.entry.state == "done"
 
 
 def test_a_command_with_many_open_files_has_workers(
     model: Path, images: Callable[..., Path], tmp_path: Path, child: Callable[..., Child]
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(1100):
-            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 1200:
+        pytest.skip("this system lets nobody open 1200 files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    try:
         outcome = child().run(*request(model, tmp_path / "out", images("a") / "a.nii.gz"))
+    finally:
+        for each in held:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert outcome.entry is not None
     assert outcome.entry.state == "done"
 
@@ -237,7 +298,9 @@ def test_threads_of_a_worker_sleep_while_they_wait_unless_told(monkeypatch: pyte
     child = Child(Limits())
     child.start()
     try:
-        assert child._process is not None
-        assert psutil.Process(child._process.pid).environ()["OMP_WAIT_POLICY"] == (told or "PASSIVE")
+        found: dict[str, str] = {}
+        while not found:  # the system may show a process before its environment
+            found = psutil.Process(child.process.pid).environ()
+        assert found["OMP_WAIT_POLICY"] == (told or "PASSIVE")
     finally:
         child.close()
