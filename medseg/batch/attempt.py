@@ -121,23 +121,23 @@ def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, l
     noted = _Noted(course, ledger, study.id)
 
     entry = Entry(id=study.id, state="failed", input_digest=source, model_digest=settings.recipe)
+    entry = segment(
+        study,
+        model,
+        ledger,
+        entry,
+        mirror=settings.mirror,
+        formats=settings.formats_of(study),
+        max_memory=settings.max_memory,
+        course=noted,
+    )
+    facts = {"seconds": round(time.monotonic() - began - noted.waited, 3), "peak_mb": _peak()}
     try:
-        formats = settings.formats_of(study)
-        entry = segment(
-            study,
-            model,
-            ledger,
-            entry,
-            mirror=settings.mirror,
-            formats=formats,
-            max_memory=settings.max_memory,
-            course=noted,
-        )
+        commit(ledger, entry, facts)
     except ExportError:
         with contextlib.suppress(ExportError):  # nor may this have a place to be written
             ledger.end(study.id, {})
         raise
-    commit(ledger, entry, {"seconds": round(time.monotonic() - began - noted.waited, 3), "peak_mb": _peak()})
     return entry
 
 

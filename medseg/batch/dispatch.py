@@ -18,9 +18,12 @@ from medseg.batch.engines import Engine
 from medseg.batch.job import Settings
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.study_input import StudyInput
+from medseg.errors import ExportError
 
 DEATHS = 2
 """Deaths of a worker that was alone with a study that make it poison."""
+FULL = 2
+"""Studies in a row that find the disk full and end the run; one alone may have been too large for what was left."""
 BUSY_SECONDS = 0.5
 """Before a study on which another process works is asked for again."""
 
@@ -43,6 +46,8 @@ class Dispatch:
         self._engine, self._settings, self._told = engine, settings, told
         self._ledger = Ledger(settings.out)
         self._last: list[StudyInput] = []
+        self._full: list[Entry] = []
+        self._fitted = False
         self.entries: dict[str, Entry] = {}
 
     def run(self, studies: Sequence[StudyInput]) -> dict[str, Entry]:
@@ -57,6 +62,8 @@ class Dispatch:
         self._together([study for study in studies if study.id not in suspected])
         while self._last:
             self._alone(self._last.pop(0))
+        if not self._fitted:
+            self._require_room()
         return self.entries
 
     def _together(self, studies: Sequence[StudyInput]) -> None:
@@ -96,6 +103,18 @@ class Dispatch:
         entry = outcome.entry or self._failed(study, outcome)
         self.entries[study.id] = entry
         self._told(Outcome(entry, outcome.fresh or bool(outcome.death)))
+        if entry.code == "DISK_FULL":
+            self._full.append(entry)
+        elif outcome.fresh and entry.state == "done":
+            self._fitted, self._full = True, []
+        if len(self._full) >= FULL:
+            self._require_room()
+
+    def _require_room(self) -> None:
+        """Raise the ExportError of a study that found the disk full: to predict all others for nothing helps nobody."""
+        if self._full:
+            entry = self._full[-1]
+            raise ExportError(f"case {entry.id}: {entry.message}", code=entry.code)
 
     def _failed(self, study: StudyInput, outcome: Outcome) -> Entry:
         """Commit that a study ended its worker, unless that had committed it just before."""

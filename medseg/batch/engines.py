@@ -146,6 +146,8 @@ CLUSTERS = {
 }
 """Kind of ClusterConfig -> module and class."""
 CONNECT_SECONDS = 30.0
+KEPT = 2
+"""Guarded processes that a thread of a Dask worker keeps: those of its latest runs, whose commands may share it."""
 _children: dict[tuple[str, int], Child] = {}
 """Run and thread -> the guarded process, in a worker of Dask."""
 
@@ -180,9 +182,13 @@ class _Dask:
 def guarded(run: str, settings: str, study: str, limits: tuple[float | None, int | None]) -> Outcome:
     """Do a study in the guarded process of this thread; called in a worker of Dask."""
     key = run, threading.get_ident()
-    if key not in _children:
-        _children[key] = Child(Limits(*limits))
-    return _children[key].run(settings, study)
+    child = _children.pop(key, None) or Child(Limits(*limits))
+    # A command that was killed ends nothing: the models of its processes would fill the memory of this machine.
+    for old in [other for other in list(_children) if other[1] == key[1]][: 1 - KEPT or None]:
+        if idle := _children.pop(old, None):
+            idle.close()
+    _children[key] = child
+    return child.run(settings, study)
 
 
 def end_guarded(run: str) -> None:

@@ -63,7 +63,7 @@ def segment(
 
     Raises
     ------
-    ExportError : DISK_FULL; nothing else, unless MEDSEG_DEBUG is set.
+    Exception : any, if MEDSEG_DEBUG is set; nothing else.
     """
     try:
 
@@ -72,8 +72,6 @@ def segment(
 
         return _segment(study, model, ledger, entry, predict=predict, formats=formats, course=course)
     except MedsegError as error:
-        if isinstance(error, ExportError) and error.code == "DISK_FULL":
-            raise ExportError(f"case {study.id}: {error}", code=error.code) from error
         state = "refused" if isinstance(error, REFUSALS) else "failed"
         return _ended(entry, error.code, without_paths(str(error), study), state)
     except Exception as error:  # one study must never stop the others

@@ -1,10 +1,11 @@
 """Workers and commands are killed at random moments: in the end the same tree of files, each fault with its reason.
 
-The full campaign (500 studies, 20 kills) runs in `make soak`.
+The full campaigns (500 studies; 60 kills of workers, the commands at 20 of these moments) run in `make soak`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ import psutil
 import pytest
 
 from medseg import api
-from medseg.batch.engines import Workers
+from medseg.batch.engines import KEPT, STAGES, Workers
 from medseg.phantom.dicom import write_series
 from medseg.volume import Volume
 
@@ -90,10 +92,11 @@ def running(place: Path, words: Sequence[str]) -> Iterator[subprocess.Popen[byte
         process.wait()
 
 
-def kill_a_worker(process: subprocess.Popen[bytes], chance: random.Random) -> bool:
+def kill_a_worker(roots: Sequence[int], chance: random.Random) -> bool:
+    """Kill one of the processes that do studies, below these processes."""
     try:
-        workers = psutil.Process(process.pid).children(recursive=True)
-        chance.choice([w for w in workers if "medseg.batch.child" in " ".join(w.cmdline())]).send_signal(signal.SIGKILL)
+        below = [each for root in roots for each in psutil.Process(root).children(recursive=True)]
+        chance.choice([w for w in below if "medseg.batch.child" in " ".join(w.cmdline())]).send_signal(signal.SIGKILL)
     except (psutil.Error, IndexError):
         return False
     return True
@@ -103,42 +106,66 @@ def progress(out: Path) -> int:
     return len(list((out / "ledger").glob("*.json")))
 
 
-def campaign(place: Path, inputs: Path, out: Path, *, kills: int, commands: int, seed: int, total: int) -> int:
-    """Kill workers as the run goes on, and the command at the end of each of `commands` parts; return the kills."""
-    chance, killed = random.Random(seed), 0
-    marks = sorted(chance.sample(range(1, total), kills))
-    ends = set(marks[:: max(1, kills // commands)][:commands])
-    while marks:
-        with running(place, command(place, inputs, out, "--workers", "2")) as process:
-            while marks and process.poll() is None:
-                if progress(out) < marks[0]:
-                    time.sleep(0.002)
-                    continue
-                mark = marks.pop(0)
-                killed += kill_a_worker(process, chance)
-                if mark in ends:
-                    time.sleep(chance.uniform(0, 0.3))
+@dataclass(frozen=True)
+class Campaign:
+    """Kill workers as studies end, and all commands at `commands` of these moments.
+
+    Attributes
+    ----------
+    words : of the commands, which run side by side.
+    roots : processes below which the workers are, where these are not the commands.
+    width : studies that may be in flight at a time.
+    """
+
+    place: Path
+    out: Path
+    words: Sequence[Sequence[str]]
+    total: int
+    kills: int
+    commands: int
+    seed: int
+    width: int
+    roots: Sequence[int] = ()
+
+    def disturb(self) -> int:
+        """Return how many workers were killed."""
+        chance, killed = random.Random(self.seed), 0
+        marks = sorted(chance.sample(range(1, self.total), self.kills))
+        ends = set(chance.sample(marks, self.commands))
+        while marks:
+            with contextlib.ExitStack() as stack:
+                processes = [stack.enter_context(running(self.place, words)) for words in self.words]
+                while marks and any(process.poll() is None for process in processes):
+                    if progress(self.out) < marks[0]:
+                        time.sleep(0.002)
+                        continue
+                    mark = marks.pop(0)
+                    killed += kill_a_worker(self.roots or [process.pid for process in processes], chance)
+                    if mark in ends:
+                        time.sleep(chance.uniform(0, 0.3))
+                        break
+                if all(process.poll() is not None for process in processes):
                     break
-            if process.poll() is not None:
-                break
-    return killed
+        return killed
 
-
-def finish(place: Path, inputs: Path, out: Path, undisturbed: Path, damaged: int, total: int) -> None:
-    last = subprocess.run(
-        command(place, inputs, out, "--workers", "2"),
-        env=environment(place),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert last.returncode == 3, last.stderr
-    assert f"{total - damaged} of {total} studies done" in last.stdout
-    found, expected = tree(out), tree(undisturbed)
-    assert sorted(found) == sorted(expected)
-    assert {name for name in found if found[name] != expected[name]} == set()
-    entries = [json.loads(p.read_text()) for p in (out / "ledger").glob("*.json")]
-    assert sum(entry["state"] == "refused" and bool(entry["code"]) for entry in entries) == damaged
+    def run(self, undisturbed: Path, damaged: int) -> None:
+        """Disturb, then let the commands end, and compare."""
+        killed = self.disturb()
+        assert killed > self.kills // 2
+        for words in self.words:
+            last = subprocess.run(words, env=environment(self.place), capture_output=True, text=True, check=False)
+            assert last.returncode in (0, 3), last.stderr
+        if len(self.words) == 1:
+            assert last.returncode == 3, last.stderr
+            assert f"{self.total - damaged} of {self.total} studies done" in last.stdout
+        found, expected = tree(self.out), tree(undisturbed)
+        assert sorted(found) == sorted(expected)
+        assert {name for name in found if found[name] != expected[name]} == set()
+        entries = [json.loads(p.read_text()) for p in (self.out / "ledger").glob("*.json")]
+        assert sum(entry["state"] == "refused" and bool(entry["code"]) for entry in entries) == damaged
+        # Only what was in flight is done again: what that worker had, or all that the commands had.
+        again = STAGES * killed + self.width * self.commands
+        assert sum(attempts(self.out).values()) - self.total <= again
 
 
 def undisturbed(place: Path, inputs: Path) -> Path:
@@ -150,25 +177,39 @@ def undisturbed(place: Path, inputs: Path) -> Path:
     return out
 
 
-def test_workers_and_commands_killed(place: Path, tmp_path: Path) -> None:
-    total, kills = 20, 3
-    inputs, out = plant(place, total), tmp_path / "out"
-    calm = undisturbed(place, inputs)
-    killed = campaign(place, inputs, out, kills=kills, commands=1, seed=1, total=total)
-    finish(place, inputs, out, calm, 1, total)
-    repeated = sum(attempts(out).values()) - total
-    assert repeated <= killed + 2, "only what was in flight was done again: one study a worker, two a command"
+REDUCED = {"total": 20, "kills": 3, "commands": 1}
+FULL = {"total": 500, "kills": 60, "commands": 20}
+sizes = pytest.mark.parametrize("size", [REDUCED, pytest.param(FULL, marks=pytest.mark.soak)], ids=["20", "500"])
 
 
-@pytest.mark.soak
-def test_five_hundred_studies_and_twenty_kills(place: Path, tmp_path: Path) -> None:
-    total, kills, commands = 500, 20, 6
-    inputs, out = plant(place, total), tmp_path / "out"
+@sizes
+def test_workers_and_commands_killed(place: Path, tmp_path: Path, size: dict[str, int]) -> None:
+    inputs, out = plant(place, size["total"]), tmp_path / "out"
+    words = [command(place, inputs, out, "--workers", "2")]
+    campaign = Campaign(place, out, words, seed=1, width=2 * STAGES, **size)
+    campaign.run(undisturbed(place, inputs), size["total"] // 20)
+
+
+@sizes
+def test_workers_and_commands_of_shards_killed(place: Path, tmp_path: Path, size: dict[str, int]) -> None:
+    inputs, out = plant(place, size["total"]), tmp_path / "out"
+    words = [command(place, inputs, out, "--shard", f"{number}/2") for number in (1, 2)]
+    campaign = Campaign(place, out, words, seed=2, width=2 * STAGES, **size)
+    campaign.run(undisturbed(place, inputs), size["total"] // 20)
+
+
+@sizes
+def test_workers_of_dask_and_commands_killed(place: Path, tmp_path: Path, size: dict[str, int]) -> None:
+    """A real scheduler and two workers, on this machine; what they guard is killed, and the command."""
+    inputs, out = plant(place, size["total"]), tmp_path / "out"
     calm = undisturbed(place, inputs)
-    killed = campaign(place, inputs, out, kills=kills, commands=commands, seed=2, total=total)
-    assert killed > kills // 2
-    finish(place, inputs, out, calm, 25, total)
-    assert sum(attempts(out).values()) - total <= killed + 2 * commands
+    with dask(place, 2) as (uri, workers):
+        words = [command(place, inputs, out, "--scheduler", uri)]
+        campaign = Campaign(place, out, words, seed=3, width=2, roots=workers, **size)
+        campaign.run(calm, size["total"] // 20)
+        below = [each for worker in workers for each in psutil.Process(worker).children(recursive=True)]
+        guarded = [each for each in below if "medseg.batch.child" in " ".join(each.cmdline())]
+        assert len(guarded) <= 2 * KEPT, "runs that are over keep no models in memory"
 
 
 def test_two_shards_and_a_command_share_a_folder(place: Path, tmp_path: Path) -> None:
@@ -209,26 +250,6 @@ def dask(place: Path, workers: int) -> Iterator[tuple[str, list[int]]]:
                 process.terminate()
             for process in processes:
                 process.wait(60)
-
-
-def test_a_dask_scheduler_with_two_workers(place: Path, tmp_path: Path) -> None:
-    total = 20
-    inputs, out = plant(place, total), tmp_path / "out"
-    calm = undisturbed(place, inputs)
-    with dask(place, 2) as (uri, workers):
-        words = command(place, inputs, out, "--scheduler", uri)
-        with running(place, words) as process:
-            while progress(out) < 8:
-                assert process.poll() is None
-                time.sleep(0.01)
-            guarded = [each for worker in workers for each in psutil.Process(worker).children(recursive=True)]
-            next(each for each in guarded if "medseg.batch.child" in " ".join(each.cmdline())).kill()
-            while progress(out) < 12:
-                assert process.poll() is None
-                time.sleep(0.01)
-        last = subprocess.run(words, env=environment(place), capture_output=True, text=True, check=False)
-        assert last.returncode == 3, last.stderr
-    assert tree(out) == tree(calm)
 
 
 def test_a_cluster_of_dask_on_this_machine(place: Path, tmp_path: Path) -> None:

@@ -140,5 +140,29 @@ def test_an_error_of_the_run_ends_it(run: Run) -> None:
         run("abc", b=[ExportError("full", code="DISK_FULL")])
 
 
+FULL = Outcome(Entry(id="x", state="failed", code="DISK_FULL", input_digest="i", model_digest="r"), fresh=True)
+
+
+def full(name: str) -> list[Outcome | Exception]:
+    assert FULL.entry is not None
+    return [Outcome(FULL.entry.model_copy(update={"id": name}), fresh=True)]
+
+
+def test_a_full_disk_costs_the_study_that_met_it(run: Run) -> None:
+    found, _ = run("abcd", a=full("a"), c=full("c"))
+    assert found == {"a": "DISK_FULL", "b": "done", "c": "DISK_FULL", "d": "done"}
+
+
+def test_two_in_a_row_that_find_the_disk_full_end_the_run(run: Run) -> None:
+    with pytest.raises(ExportError, match="case c") as caught:
+        run("abcdefgh", b=full("b"), c=full("c"))
+    assert caught.value.code == "DISK_FULL"
+
+
+def test_a_run_of_which_nothing_fitted_is_an_error(run: Run) -> None:
+    with pytest.raises(ExportError, match="case a"):
+        run("a", a=full("a"))
+
+
 def test_nothing_to_do(run: Run) -> None:
     assert run("")[0] == {}

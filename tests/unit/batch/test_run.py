@@ -351,10 +351,11 @@ def test_a_full_disk_names_the_case_and_leaves_nothing_half_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", write)
-        with pytest.raises(ExportError, match=r"case b: b\.nii\.gz: cannot be written \(No space left") as caught:
-            predict([images], model=loaded, out=out)
-    assert caught.value.code == "DISK_FULL"
-    assert [p.name for p in out.glob("*.nii.gz")] == ["a.nii.gz"]
+        result = predict([images], model=loaded, out=out)
+    (failed,) = result.select("failed")
+    assert (failed.id, failed.code) == ("b", "DISK_FULL")
+    assert failed.message.startswith("b.nii.gz: cannot be written (No space left")
+    assert "b.nii.gz" not in [p.name for p in out.glob("*.nii.gz")]
     assert not list(out.rglob(".partial-*"))
     assert predict([images], model=loaded, out=out).complete
     assert attempts(out)["a"] == 1, "what was done stays done"
