@@ -78,7 +78,8 @@ class Dispatch:
                 time.sleep(BUSY_SECONDS)
                 waiting, later = deque(later), []
                 continue
-            for future in wait(flight, return_when=FIRST_COMPLETED).done:
+            wait(flight, return_when=FIRST_COMPLETED)
+            for future in [each for each in flight if each.done()]:
                 study = flight.pop(future)
                 outcome = future.result()
                 if outcome.busy:
