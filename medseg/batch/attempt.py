@@ -131,7 +131,7 @@ def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, l
         max_memory=settings.max_memory,
         course=noted,
     )
-    facts = {"seconds": round(time.monotonic() - began - noted.waited, 3), "peak_mb": _peak()}
+    facts: dict[str, object] = {"seconds": round(time.monotonic() - began - noted.waited, 3), "peak_mb": _peak()}
     try:
         commit(ledger, entry, facts)
     except ExportError:
