@@ -299,7 +299,7 @@ def _how(measured: Sequence[Result]) -> str:
         return "Training has not been measured yet."
     loads, dates = [row.load for row in measured], sorted({row.date for row in measured})
     return (
-        f"Each learnt for {measured[0].budget_s:g} s with threads: {measured[0].threads}, seed {measured[0].seed}, torch "
+        f"Each learnt for {measured[0].budget_s:g} s (threads: {measured[0].threads}), seed {measured[0].seed}, torch "
         f"{measured[0].torch}, {' and '.join(dict.fromkeys((dates[0], dates[-1])))}; load of the machine "
         f"{min(loads):g} to {max(loads):g}."
     )

@@ -70,7 +70,7 @@ def test_a_table_is_read_as_it_was_written(script: ModuleType, tmp_path: Path) -
     assert script.read_table(tmp_path / "table.csv") == rows
     shown = script.page_text(rows)
     assert "| `unet` | 1,401,481 | 53,648 | 0.251 (bf16) | 200 | 0.800 | 0.10 |" in shown
-    assert "Each learnt for 60 s on 2 threads" in shown
+    assert "Each learnt for 60 s (threads: 2), seed 0" in shown
 
 
 def test_a_page_without_a_place_is_not_written(script: ModuleType, repository: Path, tmp_path: Path) -> None:
