@@ -144,7 +144,8 @@ def differing(ours: Path, theirs: Path) -> str:
     """Return the share of voxels that differ, of those that are foreground for one of both."""
     inside = different = 0
     for file in sorted(theirs.glob("*.nii.gz")):
-        a, b = (np.asarray(nibabel.load(place / file.name).dataobj) for place in (ours, theirs))
+        mine = ours / file.name.replace(".nii.gz", "_0000.nii.gz")  # to medseg the ending is part of the name
+        a, b = (np.asarray(nibabel.load(place).dataobj) for place in (mine, file))
         inside, different = inside + int(((a > 0) | (b > 0)).sum()), different + int((a != b).sum())
     return f"{100 * different / max(1, inside):.4f} % of {inside} voxels"
 

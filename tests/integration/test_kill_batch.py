@@ -92,11 +92,22 @@ def running(place: Path, words: Sequence[str]) -> Iterator[subprocess.Popen[byte
         process.wait()
 
 
+def workers_below(roots: Sequence[int]) -> list[psutil.Process]:
+    """Return the processes that do studies, below these processes."""
+    found = []
+    for root in roots:
+        with contextlib.suppress(psutil.Error):
+            for each in psutil.Process(root).children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    if "medseg.batch.child" in " ".join(each.cmdline()):
+                        found.append(each)
+    return found
+
+
 def kill_a_worker(roots: Sequence[int], chance: random.Random) -> bool:
     """Kill one of the processes that do studies, below these processes."""
     try:
-        below = [each for root in roots for each in psutil.Process(root).children(recursive=True)]
-        chance.choice([w for w in below if "medseg.batch.child" in " ".join(w.cmdline())]).send_signal(signal.SIGKILL)
+        chance.choice(workers_below(roots)).send_signal(signal.SIGKILL)
     except (psutil.Error, IndexError):
         return False
     return True
@@ -207,9 +218,7 @@ def test_workers_of_dask_and_commands_killed(place: Path, tmp_path: Path, size: 
         words = [command(place, inputs, out, "--scheduler", uri)]
         campaign = Campaign(place, out, words, seed=3, width=2, roots=workers, **size)
         campaign.run(calm, size["total"] // 20)
-        below = [each for worker in workers for each in psutil.Process(worker).children(recursive=True)]
-        guarded = [each for each in below if "medseg.batch.child" in " ".join(each.cmdline())]
-        assert len(guarded) <= 2 * KEPT, "runs that are over keep no models in memory"
+        assert len(workers_below(workers)) <= 2 * KEPT, "runs that are over keep no models in memory"
 
 
 def test_two_shards_and_a_command_share_a_folder(place: Path, tmp_path: Path) -> None:
