@@ -237,7 +237,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     from medseg.batch.run import predict as predict_files
     from medseg.batch.shards import Shard, parse_shard
     from medseg.bundle import open_bundle
-    from medseg.inference.chosen import ruled, unprocessed
+    from medseg.inference.chosen import ruled, speaking, unprocessed
     from medseg.inference.describe import described
     from medseg.inference.presets import at_quality
     from medseg.pacs.address import is_address
@@ -252,7 +252,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
         archives = bool(send) or any(is_address(place) for place in inputs)
         bundle = open_bundle(Path(model)) if archives or workers is None else described(Path(model))
         bundle = bundle if channels is None else ruled(bundle, Path(channels))
-        chosen = at_quality(bundle if postprocess else unprocessed(bundle), quality)
+        chosen = speaking(at_quality(bundle if postprocess else unprocessed(bundle), quality), display.say)
         options |= {"model": chosen, "out": Path(out), "progress": display.counted}
         if archives:
             from medseg.pacs.predict import predict as predict_archives

@@ -5,6 +5,7 @@ Light, like medseg.bundle: a command whose workers predict never needs torch its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,3 +45,14 @@ def unprocessed(bundle: Bundle) -> Bundle:
     if not bundle.info.postprocess:
         return bundle
     return replace(bundle, info=bundle.info.model_copy(update={"postprocess": (), "quality": None}))
+
+
+def speaking(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
+    """Return the bundle as it is; where it has an estimate of quality that is not used, say why."""
+    quality = bundle.info.quality
+    if quality is not None and quality.outdated:
+        say(
+            "the model's quality estimate was fitted by an earlier medseg, on signs that are not noted any more: masks "
+            "are the same, but no Dice is expected of them and none is flagged; train the model again for an estimate"
+        )
+    return bundle

@@ -120,7 +120,7 @@ def predict_case(
 ) -> Prediction:
     """Segment one image; parameters and errors as for `predict_volume`, with `soft` and `room` as for `predict_soft`.
 
-    The estimate of quality asks the networks nothing more than the mask does.
+    The estimate of quality asks the first network once more (medseg.quality.closer), where it found a label.
     """
     notes = _wanted_notes(model, mirror)
     chances: Volume | None = None
@@ -137,7 +137,7 @@ def _wanted_notes(model: Model, mirror: bool | None) -> Notes | None:
     """Return empty notes where the bundle can estimate the quality of what is to be predicted."""
     plan, quality = model.bundle.info.plan, model.bundle.info.quality
     mirrored = plan.test_mirroring if mirror is None else mirror
-    if quality is None or quality.mirror != mirrored or model.members:
+    if quality is None or quality.outdated or quality.mirror != mirrored or model.members:
         return None
     return notes_for(model, mirror=mirrored)
 
@@ -146,7 +146,7 @@ def notes_for(model: Model, *, mirror: bool) -> Notes:
     """Return empty notes for one image."""
     info = model.bundle.info
     passes = len(mirrorings(info.plan, mirror=mirror))
-    return make_notes(info.spec, networks=len(model.networks), passes=passes)
+    return make_notes(info.spec, info.plan, networks=len(model.networks), passes=passes)
 
 
 @torch.inference_mode()

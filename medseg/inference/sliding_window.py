@@ -37,25 +37,30 @@ def window_logits(
 ) -> Predictor:
     """Return windows (B, C, *patch) -> logits (B, K, *patch): the mean over networks and mirrorings.
 
-    `witness` is shown the logits of every pass.
+    `witness` is shown the logits of every pass, and asks for one more.
     """
     flat = plan.dimensions == 2
     flips = mirrorings(plan, mirror=mirror)
+
+    def one_pass(network: nn.Module, windows: Tensor, dims: list[int]) -> Tensor:
+        with autocast(windows.device.type, plan.precision):
+            logits = network(windows.flip(dims) if dims else windows)
+        return logits.float().flip(dims) if dims else logits.float()
 
     def predict(windows: Tensor) -> Tensor:
         if flat:
             windows = windows[..., 0]
         total: Tensor | None = None
-        watched = None if witness is None else witness.window()
+        watched = None if witness is None else witness.window(windows)
         for network, flip in itertools.product(networks, flips):
-            dims = [axis + 2 for axis in flip]
-            with autocast(windows.device.type, plan.precision):
-                logits = network(windows.flip(dims) if dims else windows)
-            logits = logits.float().flip(dims) if dims else logits.float()
+            logits = one_pass(network, windows, [axis + 2 for axis in flip])
             # Not in place: a network may hand back a tensor that is still in use.
             total = logits if total is None else total + logits
             if watched is not None:
                 watched.add(logits)
+                closer = watched.closer()
+                if closer is not None:
+                    watched.compare(one_pass(network, closer, []))
         if witness is not None and watched is not None:
             witness.take(watched)
         assert total is not None

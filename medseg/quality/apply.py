@@ -42,11 +42,12 @@ def estimate(model: QualityModel, signs: Signs) -> Quality:
     for label, row in model.labels.items():
         if row.shape is not None and label in signs.shapes:
             far[label] = distance(row.shape, signs.shapes[label])
-    dice = {label: _expected(row, signs, label, far) for label, row in model.labels.items()}
+    dice = {label: _expected(row, signs, label) for label, row in model.labels.items()}
     known = {label: value for label, value in dice.items() if value is not None}
     reasons = [
         *(f"{label} is missing, and every training case has it" for label in _missing(model, signs)),
         *_strange(model, signs, numbers, far),
+        *_at_odds(model, signs),
         *_low(model, known, signs),
     ]
     return Quality({label: round(value, 4) for label, value in known.items()}, bool(reasons), tuple(reasons))
@@ -63,17 +64,13 @@ def image_numbers(image: ImageSigns, template: Sequence[float]) -> dict[str, flo
     return found
 
 
-def ridge_row(
-    signs: Mapping[str, float], shape: Mapping[str, float], *, far_image: float, far_shape: float
-) -> dict[str, float]:
-    """Return what the expected Dice of a label is computed from."""
-    return {
-        **signs,
-        "volume": shape["volume"],
-        "objects": shape["objects"],
-        "unusual image": math.log1p(far_image),
-        "unusual shape": math.log1p(far_shape),
-    }
+def at_most(between: float) -> float:
+    """Return the Dice that two masks with this Dice between them can have with any third one, on average.
+
+    1 - Jaccard is a metric: of the way from one mask to the other each goes at least half to whatever the truth is.
+    """
+    similar = (1 + between / (2 - between)) / 2
+    return 2 * similar / (1 + similar)
 
 
 def deviation(dice: Mapping[str, float], typical: Mapping[str, float]) -> float | None:
@@ -87,14 +84,12 @@ def typicals(model: QualityModel) -> dict[str, float]:
     return {label: row.typical for label, row in model.labels.items() if row.typical is not None}
 
 
-def _expected(row: LabelQuality, signs: Signs, label: str, far: Mapping[str, float]) -> float | None:
+def _expected(row: LabelQuality, signs: Signs, label: str) -> float | None:
     if label not in signs.shapes or label not in signs.passes:
         return 0.0 if row.always else None
     if row.ridge is None:
         return None
-    values = ridge_row(signs.passes[label], signs.shapes[label], far_image=far[""], far_shape=far.get(label, 0.0))
-    # Two networks share more with each other than with a truth that neither has seen.
-    return min(expected_dice(row.ridge, values), signs.between.get(label, 1.0))
+    return min(expected_dice(row.ridge, signs.passes[label]), at_most(signs.between.get(label, 1.0)))
 
 
 def _missing(model: QualityModel, signs: Signs) -> list[str]:
@@ -112,6 +107,12 @@ def _strange(model: QualityModel, signs: Signs, numbers: Mapping[str, float], fa
         how = f"{name} is outside of their range" if outside else f"most of all {name}"
         reasons.append(f"{what} is unlike those of the training cases: {how}")
     return reasons
+
+
+def _at_odds(model: QualityModel, signs: Signs) -> list[str]:
+    """Name labels that cannot be as good as is typical, whatever the truth is."""
+    odds = [label for label, value in typicals(model).items() if at_most(signs.between.get(label, 1.0)) < value]
+    return [f"the networks disagree about {label}: Dice {signs.between[label]:.2f} between two masks" for label in odds]
 
 
 def _low(model: QualityModel, dice: Mapping[str, float], signs: Signs) -> list[str]:

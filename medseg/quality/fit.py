@@ -7,13 +7,14 @@ again without them.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.quality.apply import deviation, image_numbers, ridge_row
+from medseg.quality.apply import deviation, image_numbers
 from medseg.quality.clouds import fit_cloud, left_out, strangest
 from medseg.quality.model import Cloud, LabelQuality, QualityModel, tidy
 from medseg.quality.ridge import expected_dice, fit_ridge, mean_logit
@@ -23,7 +24,7 @@ from medseg.quality.signs import Signs
 MIN_CASES = 12
 """With fewer cases there is no estimate; with fewer that hold a label, none of that label."""
 REVIEW_SHARE = 0.2
-"""Of out-of-fold cases, the share with the lowest expected Dice is flagged."""
+"""Of out-of-fold cases, the share that is flagged: those that are strange, and those with the lowest expected Dice."""
 NEAR = 0.975
 """Of out-of-fold cases, the share that must lie within `beyond`."""
 MOST_GROUPS = 200
@@ -106,11 +107,14 @@ def fit_quality(cases: Sequence[Observed], labels: Sequence[str], *, folds: int,
     image, far = _with_unit(fit_cloud(images), np.nan_to_num(left_out(images, groups, images)))
     distances, rows, crossed = {"": far}, {}, {}
     for label in labels:
-        rows[label], distances[label], crossed[label] = _fit_label(cases, label, groups, far)
+        rows[label], distances[label], crossed[label] = _fit_label(cases, label, groups)
     largest = np.max([np.nan_to_num(values) for values in distances.values()], axis=0)
+    beyond = tidy(float(np.quantile(largest, NEAR, method="higher")) * (1 + 1e-5))
     expected, volume = (_by_case(len(cases), {label: cells[n] for label, cells in crossed.items()}) for n in (0, 1))
     typical = {label: row.typical for label, row in rows.items() if row.typical is not None}
     scores = [deviation(row, typical) for row in expected]
+    missing = [_missing(case, rows) for case in cases]
+    strange = [far > beyond or bool(labels) for far, labels in zip(largest, missing, strict=True)]
     model = QualityModel(
         cases=len(cases),
         patients=len({case.patient for case in cases}),
@@ -119,8 +123,8 @@ def fit_quality(cases: Sequence[Observed], labels: Sequence[str], *, folds: int,
         layout=template,
         image=image,
         labels=rows,
-        review_below=_lowest([score for score in scores if score is not None]),
-        beyond=tidy(float(np.quantile(largest, NEAR, method="higher")) * (1 + 1e-5)),
+        review_below=_lowest(scores, strange),
+        beyond=beyond,
     )
     judged = [
         Judged(
@@ -131,7 +135,7 @@ def fit_quality(cases: Sequence[Observed], labels: Sequence[str], *, folds: int,
             volume_only=volume[i],
             low=_is_low(model, scores[i]),
             far=_furthest(model, case, images[i], {name: values[i] for name, values in distances.items()}),
-            missing=tuple(label for label, row in rows.items() if row.always and label not in case.signs.shapes),
+            missing=missing[i],
         )
         for i, case in enumerate(cases)
     ]
@@ -140,6 +144,10 @@ def fit_quality(cases: Sequence[Observed], labels: Sequence[str], *, folds: int,
 
 def _by_case(count: int, cells: Mapping[str, Cells]) -> list[dict[str, float]]:
     return [{label: found[i] for label, found in cells.items() if i in found} for i in range(count)]
+
+
+def _missing(case: Observed, rows: Mapping[str, LabelQuality]) -> tuple[str, ...]:
+    return tuple(label for label, row in rows.items() if row.always and label not in case.signs.shapes)
 
 
 def _is_low(model: QualityModel, score: float | None) -> bool:
@@ -181,7 +189,7 @@ def _with_unit(cloud: Cloud, far: Floats) -> tuple[Cloud, Floats]:
 
 
 def _fit_label(
-    cases: Sequence[Observed], label: str, groups: Sequence[int], far_image: Floats
+    cases: Sequence[Observed], label: str, groups: Sequence[int]
 ) -> tuple[LabelQuality, Floats, tuple[Cells, Cells]]:
     """Return the model of a label, the distances of its shapes, and what each left-out case was expected to have.
 
@@ -195,29 +203,25 @@ def _fit_label(
     shape, far = None, np.full(len(cases), np.nan)
     if len(known) >= MIN_CASES:
         shape, far = _with_unit(fit_cloud(known), left_out(truth, groups, found))
-    rows: dict[int, dict[str, float]] = {}
-    for i, case in enumerate(cases):
-        if label in case.dice and label in case.signs.passes and found[i]:
-            strange = 0.0 if np.isnan(far[i]) else float(far[i])
-            rows[i] = ridge_row(
-                case.signs.passes[label], case.signs.shapes[label], far_image=float(far_image[i]), far_shape=strange
-            )
+    both = [i for i, case in enumerate(cases) if label in case.dice and label in case.signs.passes and found[i]]
+    rows = {i: cases[i].signs.passes[label] for i in both}
+    volumes = {i: cases[i].signs.shapes[label]["volume"] for i in both}
     scored = [case.dice[label] for case in cases if label in case.dice]
     if len(rows) < MIN_CASES or len({groups[i] for i in rows}) < 3:
         return LabelQuality(always=always, shape=shape), far, ({}, {})
     dice = {i: cases[i].dice[label] for i in rows}
     nothing = {i: 0.0 for i, case in enumerate(cases) if always and told[i] and label not in case.signs.shapes}
-    crossed = tuple(_cross_fit(table, dice, groups) | nothing for table in (rows, _volume_only(rows)))
+    crossed = tuple(_cross_fit(table, dice, groups) | nothing for table in (rows, _volume_only(volumes)))
     ridge = fit_ridge(list(rows.values()), list(dice.values()))
     typical = tidy(math.fsum(scored) / len(scored))
     return LabelQuality(typical=typical, always=always, ridge=ridge, shape=shape), far, (crossed[0], crossed[1])
 
 
-def _volume_only(rows: Mapping[int, Numbers]) -> dict[int, dict[str, float]]:
+def _volume_only(volumes: Mapping[int, float]) -> dict[int, dict[str, float]]:
     """Return the rows of the baseline: the volume, and how far it is from the middle."""
-    volumes = np.array([row["volume"] for row in rows.values()])
-    middle, spread = float(volumes.mean()), max(float(volumes.std()), 1e-6)
-    return {i: {"volume": row["volume"], "far": ((row["volume"] - middle) / spread) ** 2} for i, row in rows.items()}
+    values = np.array(list(volumes.values()))
+    middle, spread = float(values.mean()), max(float(values.std()), 1e-6)
+    return {i: {"volume": volume, "far": ((volume - middle) / spread) ** 2} for i, volume in volumes.items()}
 
 
 def _cross_fit(rows: Mapping[int, Numbers], dice: Mapping[int, float], groups: Sequence[int]) -> Cells:
@@ -239,9 +243,14 @@ def _cross_fit(rows: Mapping[int, Numbers], dice: Mapping[int, float], groups: S
     return found
 
 
-def _lowest(scores: Sequence[float]) -> float | None:
-    """Return the score at and below which REVIEW_SHARE of the cases lie."""
-    if not scores:
+def _lowest(scores: Sequence[float | None], strange: Sequence[bool]) -> float | None:
+    """Return the score at and below which cases are flagged: one at least, no more than REVIEW_SHARE with the strange.
+
+    Of equal scores all are flagged or none; where that leaves none, only what is lower than all of them will be.
+    """
+    ranked = sorted(score for score, odd in zip(scores, strange, strict=True) if score is not None and not odd)
+    if not ranked:
         return None
-    count = max(1, round(REVIEW_SHARE * len(scores)))
-    return sorted(scores)[count - 1]
+    count = max(1, round(REVIEW_SHARE * len(scores)) - sum(strange))
+    within = [score for score in ranked if bisect_right(ranked, score) <= count]
+    return within[-1] if within else math.nextafter(ranked[0], -math.inf)

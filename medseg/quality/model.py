@@ -8,6 +8,9 @@ from pydantic import Field
 
 from medseg.config import Config
 
+SIGNS = frozenset({"confidence", "edge", "closer"})
+"""What is noted of each label while it is predicted (medseg.quality.witness)."""
+
 
 class Cloud(Config):
     """Where the training cases lie in a space of named numbers.
@@ -88,6 +91,12 @@ class QualityModel(Config):
     labels: dict[str, LabelQuality]
     review_below: float | None
     beyond: float
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it asks for signs that are not noted any more, so that nothing can be estimated."""
+        ridges = [row.ridge for row in self.labels.values() if row.ridge is not None]
+        return not all(SIGNS.issuperset(ridge.names) for ridge in ridges)
 
 
 def tidy(value: float) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from medseg.planning.plan import Plan
+from medseg.quality.closer import zooms
 from medseg.quality.image import ImageSigns, image_signs
 from medseg.quality.shape import Shapes, label_shapes
 from medseg.quality.witness import LabelSigns, Witness
@@ -50,6 +52,7 @@ class Notes:
         return Signs(self.image, self.witness.signs(), self.witness.between_networks(), shapes)
 
 
-def make_notes(spec: Spec, *, networks: int, passes: int) -> Notes:
+def make_notes(spec: Spec, plan: Plan, *, networks: int, passes: int) -> Notes:
     """Return empty notes; parameters as for Witness."""
-    return Notes(Witness(spec, networks=networks, passes=passes))
+    zoom = zooms(plan.spacing, plan.dimensions)
+    return Notes(Witness(spec, networks=networks, passes=passes, zoom=zoom))

@@ -1,24 +1,29 @@
-"""What the networks' passes say about each other and about themselves, summed up window by window.
+"""What the networks' passes say of their own masks, summed up window by window.
 
-No pass more than the prediction needs: the sums are taken from logits that are there anyway, on their device. They are
-those of each network on its own, averaged over networks, because out of fold there is only one network that has not
-seen the case; so the same signs mean the same in training and in prediction. The probabilities are the networks' own
-(temperature 1): the temperature is fitted on the same cases only later, and the estimate is fitted to what it sees.
+The sums are taken from logits that are there anyway, on their device, and from one pass more: the first network looks
+once more, from closer by, at windows in which it found something (medseg.quality.closer). Other signs are those of each
+network on its own, averaged over networks, because out of fold there is only one network that has not seen the case;
+so the same signs mean the same in training and in prediction. The probabilities are the networks' own (temperature 1):
+the temperature is fitted on the same cases only later, and the estimate is fitted to what it sees.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from medseg.quality.closer import agreement, enlarge
 from medseg.quality.model import logit
 from medseg.spec import Spec
 from medseg.targets import exclusive
 
-_FIELDS = ("count", "own", "mass", "entropy", "margin", "edge", "edge_entropy", "shared", "passed")
+_FIELDS = ("count", "own", "mass", "border", "border_steps", "inside", "inside_steps")
+LEAST_STEP = 1e-6
+"""Grey values of a normalised image differ by this at least, so that a flat image has numbers, too."""
 LabelSigns = dict[str, float]
 
 
@@ -28,49 +33,42 @@ class Witness:
     Parameters
     ----------
     networks, passes : how many networks answer, and how often each (once for each mirroring).
+    zoom : by how much to enlarge along each axis of a window for the second look (medseg.quality.closer.zooms).
     """
 
-    def __init__(self, spec: Spec, *, networks: int, passes: int) -> None:
-        self.spec, self.networks, self.passes = spec, networks, passes
+    def __init__(self, spec: Spec, *, networks: int, passes: int, zoom: Sequence[float]) -> None:
+        self.spec, self.networks, self.passes, self.zoom = spec, networks, passes, tuple(zoom)
         size = len(spec.foreground) + 1
         self._sums = torch.zeros((networks, len(_FIELDS), size), dtype=torch.float64)
         self._between = torch.zeros((2, size), dtype=torch.float64)
+        self._closer = torch.zeros((2, size), dtype=torch.float64)
 
-    def window(self) -> Window:
-        """Begin a batch of windows; it counts only when it is handed to `take` (a batch may be tried again)."""
-        return Window(self.spec, self.passes)
+    def window(self, windows: Tensor) -> Window:
+        """Begin a batch of windows (B, C, *S); it counts only when handed to `take` (a batch may be tried again)."""
+        return Window(self.spec, self.passes, self.zoom, windows)
 
     def take(self, window: Window) -> None:
         """Add a batch of windows of which all passes were seen."""
         self._sums += torch.stack(window.sums).cpu()
         self._between += window.between().cpu()
+        self._closer += window.agreed.cpu()
 
     def signs(self) -> dict[str, LabelSigns]:
         """Return label -> signs, for the labels that any network found.
 
-        confidence, the logit of the Dice that the network's probabilities expect of its own mask; entropy (nats) and
-        margin (first less second probability) in the object; edge_entropy on its border; mirrors, the logit of the
-        Dice between mirrored passes and their mean (where there are several).
+        confidence, the logit of the Dice that the network's probabilities expect of its own mask; closer, the logit of
+        the Dice between its probabilities and those of the second look; edge, how much larger grey values differ
+        between neighbours across the label's border than inside it (natural logarithm).
         """
         found = {}
         for index, label in enumerate(self.spec.foreground, start=1):
             rows = [dict(zip(_FIELDS, row, strict=True)) for row in self._sums[:, :, index].tolist()]
-            seen = [self._signs(row) for row in rows if row["count"]]
+            seen = [_signs(row) for row in rows if row["count"]]
             if seen:
+                shared, both = self._closer[:, index].tolist()
                 found[label] = {name: math.fsum(row[name] for row in seen) / len(seen) for name in seen[0]}
+                found[label]["closer"] = logit(shared / both if both else 0.0)
         return found
-
-    def _signs(self, row: dict[str, float]) -> LabelSigns:
-        signs = {
-            "confidence": logit(2 * row["own"] / (row["count"] + row["mass"])),
-            "entropy": row["entropy"] / row["count"],
-            "margin": row["margin"] / row["count"],
-            "edge_entropy": row["edge_entropy"] / max(1.0, row["edge"]),
-        }
-        if self.passes > 1:
-            whole = row["passed"] + self.passes * row["count"]
-            signs["mirrors"] = logit(2 * row["shared"] / whole)
-        return signs
 
     def between_networks(self) -> dict[str, float]:
         """Return label -> Dice between the masks of two networks, the mean over pairs; nothing for one network."""
@@ -79,47 +77,56 @@ class Witness:
         return {label: 2 * both / total for label, both, total in rows if total}
 
 
+def _signs(row: dict[str, float]) -> LabelSigns:
+    across, within = (row[f"{part}_steps"] / max(1.0, row[part]) for part in ("border", "inside"))
+    return {
+        "confidence": logit(2 * row["own"] / (row["count"] + row["mass"])),
+        "edge": math.log(max(across, LEAST_STEP) / max(within, LEAST_STEP)),
+    }
+
+
 class Window:
     """All passes over one batch of windows, in the order network by network."""
 
-    def __init__(self, spec: Spec, passes: int) -> None:
-        self.spec, self.passes = spec, passes
+    def __init__(self, spec: Spec, passes: int, zoom: Sequence[float], windows: Tensor) -> None:
+        self.spec, self.passes, self.zoom, self.windows = spec, passes, zoom, windows
         self.sums: list[Tensor] = []
+        self.agreed = torch.zeros((2, len(spec.foreground) + 1), dtype=torch.float64)
         self._masks: list[Tensor] = []
-        self._passed: list[Tensor] = []
+        self._seen = 0
         self._total: Tensor | None = None
+        self._first: Tensor | None = None
 
     def add(self, logits: Tensor) -> None:
         """Look at one pass: logits (B, K, *S), float32."""
         self._total = logits if self._total is None else self._total + logits
-        if self.passes > 1:
-            self._passed.append(_winners(self.spec, logits))
-        if max(1, len(self._passed)) < self.passes:
+        self._seen += 1
+        if self._seen % self.passes:
             return
         mean = self._total / self.passes if self.passes > 1 else self._total
         mask = _winners(self.spec, mean)
         self.sums.append(self._sum_up(mask, _chances(self.spec, mean)))
         self._masks.append(mask)
-        self._passed, self._total = [], None
+        self._first = mean if len(self.sums) == 1 and bool(mask.any()) else None
+        self._total = None
+
+    def closer(self) -> Tensor | None:
+        """Return the windows, enlarged, when the first network is to look at them once more."""
+        return None if self._first is None else enlarge(self.windows, self.zoom)
+
+    def compare(self, logits: Tensor) -> None:
+        """Hold what the first network says of the enlarged windows (B, K, *S) against its first answer, enlarged."""
+        assert self._first is not None, "nothing was asked"
+        answers = (_chances(self.spec, one) for one in (enlarge(self._first, self.zoom), logits))
+        self.agreed, self._first = agreement(*answers), None
 
     def _sum_up(self, mask: Tensor, chances: Tensor) -> Tensor:
         size = chances.shape[1]
-        index = mask.long()
-        best = chances.topk(min(2, size), dim=1).values
-        entropy = -(chances * chances.clamp(min=1e-12).log()).sum(1)
-        edge = _edge(mask)
-        shared = sum((_count(mask[mask == one], size) for one in self._passed), _count(mask[:0], size))
-        passed = sum((_count(one, size) for one in self._passed), _count(mask[:0], size))
         rows = [
             _count(mask, size),
-            _weigh(index, chances.gather(1, index[:, None])[:, 0], size),
+            _weigh(mask, chances.gather(1, mask.long()[:, None])[:, 0], size),
             chances.transpose(0, 1).flatten(1).sum(1).double(),
-            _weigh(index, entropy, size),
-            _weigh(index, best[:, 0] - best[:, -1], size),
-            _count(mask[edge], size),
-            _weigh(index[edge], entropy[edge], size),
-            shared,
-            passed,
+            *_steps(mask, self.windows[:, : len(self.spec.channels)], size),
         ]
         return torch.stack(rows)
 
@@ -168,21 +175,30 @@ def _painted(spec: Spec) -> list[int]:
     return [1 + names.index(region.paint) for region in spec.regions.values()]
 
 
-def _edge(mask: Tensor) -> Tensor:
-    """Tell which voxels of (B, *S) have a neighbour by face of another category."""
-    edge = torch.zeros_like(mask, dtype=torch.bool)
+def _steps(mask: Tensor, image: Tensor, size: int) -> list[Tensor]:
+    """Look at all pairs of neighbours by face of (B, *S), in images (B, C, *S).
+
+    Returns four (size,): pairs of which one is of a category and the other is not, how much their grey values differ
+    in all (mean over channels), and the same for pairs of which both are of it.
+    """
+    sums = [torch.zeros(size, dtype=torch.float64, device=mask.device) for _ in range(4)]
     for axis in range(1, mask.ndim):
-        size = mask.shape[axis]
-        if size > 1:
-            differs = mask.narrow(axis, 0, size - 1) != mask.narrow(axis, 1, size - 1)
-            edge.narrow(axis, 0, size - 1).logical_or_(differs)
-            edge.narrow(axis, 1, size - 1).logical_or_(differs)
-    return edge
+        length = mask.shape[axis] - 1
+        one, other = (mask.narrow(axis, start, length) for start in (0, 1))
+        left, right = (image.narrow(axis + 1, start, length) for start in (0, 1))
+        step = (left - right).abs().mean(1)
+        differs = one != other
+        for side in (one[differs], other[differs]):
+            sums[0] += _count(side, size)
+            sums[1] += _weigh(side, step[differs], size)
+        sums[2] += _count(one[~differs], size)
+        sums[3] += _weigh(one[~differs], step[~differs], size)
+    return sums
 
 
 def _count(mask: Tensor, size: int) -> Tensor:
     return torch.bincount(mask.flatten().long(), minlength=size).double()
 
 
-def _weigh(index: Tensor, values: Tensor, size: int) -> Tensor:
-    return torch.bincount(index.flatten(), weights=values.flatten().double(), minlength=size)
+def _weigh(mask: Tensor, values: Tensor, size: int) -> Tensor:
+    return torch.bincount(mask.flatten().long(), weights=values.flatten().double(), minlength=size)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from medseg import api
 from medseg.bundle import BundleInfo, open_bundle
+from medseg.display import Display
 from medseg.exporters.nifti import write_nifti
 from medseg.files import file_digest
 from medseg.inference.chosen import unprocessed
@@ -130,6 +134,25 @@ def test_a_bundle_of_before_says_nothing_and_its_tables_are_as_they_were(place: 
     header = (tmp_path / "masks" / "summary.csv").read_text().splitlines()[0]
     assert header == "id,state,code,message,notes,ball_ml,box_ml"
     assert file_digest(tmp_path / "masks" / "c0.nii.gz")
+
+
+def test_an_estimate_of_before_is_left_out_and_that_is_said(place: Path, tmp_path: Path) -> None:
+    said = io.StringIO()
+    display = Display(Console(file=said, width=500))
+    folder = tmp_path / "old"
+    shutil.copytree(place / "run" / "6_model", folder)
+    old = json.loads((folder / "model.json").read_text())
+    for row in old["quality"]["labels"].values():
+        row["ridge"]["names"] = ["confidence", "entropy", "margin"][: len(row["ridge"]["names"])]
+    (folder / "model.json").write_text(json.dumps(old))
+    image = place / "data" / "images" / "c0.nii.gz"
+    result = api.predict(image, model=folder, out=tmp_path / "masks", display=display)
+    assert said.getvalue().count("quality estimate was fitted by an earlier medseg") == 1
+    assert result.entries[0].review is None
+    api.predict(image, model=place / "run", out=tmp_path / "same", display=display)
+    assert said.getvalue().count("earlier medseg") == 1, "of this one there is nothing to say"
+    first, second = (read_nifti(tmp_path / name / "c0.nii.gz").array for name in ("masks", "same"))
+    assert np.array_equal(first, second)
 
 
 def test_masks_without_their_post_processing_are_not_estimated(place: Path) -> None:

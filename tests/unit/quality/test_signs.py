@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from medseg.inference.sliding_window import slide, window_logits
+from medseg.quality.closer import ZOOM, enlarge, zooms
 from medseg.quality.image import GRID, image_signs, layout_numbers
-from medseg.quality.model import logit
+from medseg.quality.model import SIGNS, logit
 from medseg.quality.shape import label_shapes
 from medseg.quality.witness import Witness
 from medseg.volume import Volume
@@ -35,11 +36,21 @@ def mask(rng: np.random.Generator) -> np.ndarray:
     return found
 
 
-def seen(make_spec: Make, passes: list[torch.Tensor], *, networks: int = 1, labels: Any = None) -> Witness:
-    witness = Witness(make_spec(labels or {"a": 1, "b": 2}), networks=networks, passes=len(passes) // networks)
-    window = witness.window()
+def noting(spec: Any, *, networks: int = 1, passes: int = 1, zoom: float = 1.0) -> Witness:
+    return Witness(spec, networks=networks, passes=passes, zoom=(zoom, zoom, zoom))
+
+
+def seen(
+    make_spec: Make, passes: list[torch.Tensor], *, networks: int = 1, labels: Any = None, image: Any = None
+) -> Witness:
+    """What is noted of an image (8, 8, 8) whose second look finds what the first has found."""
+    spec = make_spec(labels or {"a": 1, "b": 2})
+    witness = noting(spec, networks=networks, passes=len(passes) // networks)
+    window = witness.window(torch.zeros((1, 1, *passes[0].shape[2:])) if image is None else image)
     for one in passes:
         window.add(one)
+        if window.closer() is not None:
+            window.compare(one)
     witness.take(window)
     return witness
 
@@ -48,25 +59,90 @@ def test_a_sure_network_expects_everything_of_its_mask(make_spec: Make, mask: np
     signs = seen(make_spec, [logits_of(mask, 30.0)]).signs()
     assert set(signs) == {"a", "b"}
     assert signs["a"]["confidence"] == pytest.approx(logit(1.0))
-    assert signs["a"]["entropy"] == pytest.approx(0, abs=1e-6)
-    assert signs["a"]["margin"] == pytest.approx(1)
-    assert "mirrors" not in signs["a"], "one pass cannot disagree"
+    assert signs["a"]["closer"] == pytest.approx(logit(1.0)), "the second look is the same"
+    assert set(signs["a"]) == SIGNS
 
 
-def test_an_even_network_has_the_entropy_of_its_classes(make_spec: Make, mask: np.ndarray) -> None:
+def test_an_even_network_expects_little(make_spec: Make, mask: np.ndarray) -> None:
     signs = seen(make_spec, [logits_of(mask, 1e-6)]).signs()["a"]
-    assert signs["entropy"] == pytest.approx(math.log(3), abs=1e-4)
-    assert signs["margin"] == pytest.approx(0, abs=1e-4)
     expected = 2 * (60 / 3) / (60 + 512 / 3)
     assert signs["confidence"] == pytest.approx(logit(expected), abs=1e-4)
 
 
-def test_mirrored_passes_that_differ_have_the_dice_with_their_mean(make_spec: Make, mask: np.ndarray) -> None:
+def test_a_second_look_that_differs_has_the_dice_with_the_first(make_spec: Make, mask: np.ndarray) -> None:
     other = mask.copy()
     other[1] = 0  # of the 60 voxels of a, 20 are missing
-    signs = seen(make_spec, [logits_of(mask, 10.0), logits_of(other, 5.0)]).signs()["a"]
-    assert signs["mirrors"] == pytest.approx(logit(2 * (60 + 40) / (60 + 40 + 2 * 60)))
-    assert seen(make_spec, [logits_of(mask, 10.0)] * 2).signs()["a"]["mirrors"] == pytest.approx(logit(1.0))
+    witness = noting(make_spec({"a": 1, "b": 2}))
+    window = witness.window(torch.zeros((1, 1, 8, 8, 8)))
+    window.add(logits_of(mask, 40.0))
+    assert window.closer() is not None
+    window.compare(logits_of(other, 40.0))
+    assert window.closer() is None, "once"
+    witness.take(window)
+    signs = witness.signs()
+    assert signs["a"]["closer"] == pytest.approx(logit(2 * 40 / (60 + 40)))
+    assert signs["b"]["closer"] == pytest.approx(logit(1.0))
+
+
+def test_only_the_first_network_looks_twice_and_only_where_there_is_something(
+    make_spec: Make, mask: np.ndarray
+) -> None:
+    window = noting(make_spec({"a": 1, "b": 2}), networks=2, passes=2).window(torch.zeros((1, 1, 8, 8, 8)))
+    asked = []
+    for _ in range(4):
+        window.add(logits_of(mask, 9.0))
+        asked.append(window.closer() is not None)
+        if asked[-1]:
+            window.compare(logits_of(mask, 9.0))
+    assert asked == [False, True, False, False]
+    empty = noting(make_spec({"a": 1, "b": 2})).window(torch.zeros((1, 1, 8, 8, 8)))
+    empty.add(logits_of(np.zeros_like(mask), 9.0))
+    assert empty.closer() is None
+
+
+def test_the_edge_compares_steps_across_the_border_with_those_inside(make_spec: Make, mask: np.ndarray) -> None:
+    image = np.where(mask == 1, 5.0, 0.0) + 0.5 * (np.indices(mask.shape)[0] % 2)
+    windows = torch.from_numpy(image.astype(np.float32))[None, None]
+    found = seen(make_spec, [logits_of(mask, 9.0)], image=windows).signs()["a"]["edge"]
+    across, within = [], []
+    for axis in range(3):  # the list of all pairs of neighbours is the oracle
+        for place in np.argwhere(np.ones(mask.shape)):
+            other = place + np.eye(3, dtype=int)[axis]
+            if other[axis] < 8 and 1 in (mask[tuple(place)], mask[tuple(other)]):
+                step = abs(image[tuple(place)] - image[tuple(other)])
+                (within if mask[tuple(place)] == mask[tuple(other)] else across).append(step)
+    assert found == pytest.approx(math.log(np.mean(across) / np.mean(within)), rel=1e-5)
+    assert found > 2
+    flat = seen(make_spec, [logits_of(mask, 9.0)]).signs()["a"]["edge"]
+    assert flat == 0, "an image without any step"
+
+
+def test_only_the_channels_of_the_image_have_edges(make_spec: Make, mask: np.ndarray) -> None:
+    """The second stage of a cascade is given the first one's mask, too; that has edges wherever it likes."""
+    image = torch.randn((1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    before = torch.from_numpy((mask == 1).astype(np.float32))[None, None]
+    first, second = (
+        seen(make_spec, [logits_of(mask, 9.0)], image=windows).signs()
+        for windows in (image, torch.cat([image, before], 1))
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("size", [(9, 11), (9, 11, 13)])
+def test_what_is_enlarged_lies_about_the_centre(size: tuple[int, ...]) -> None:
+    ramps = torch.from_numpy(np.indices(size).astype(np.float32))[None]
+    factors = (1.2, 1.0, 1.5)[: len(size)]
+    found = enlarge(ramps, factors)[0]
+    for axis, factor in enumerate(factors):
+        middle = (size[axis] - 1) / 2
+        expected = middle + (np.indices(size)[axis] - middle) / factor
+        assert found[axis].numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_thick_slices_are_not_enlarged() -> None:
+    assert zooms((1.0, 1.0, 1.5), 3) == (ZOOM, ZOOM, ZOOM)
+    assert zooms((0.5, 0.5, 5.0), 3) == (ZOOM, ZOOM, 1.0)
+    assert zooms((0.5, 0.5, 0.1), 2) == (ZOOM, ZOOM)
 
 
 def test_networks_are_compared_with_each_other(make_spec: Make, mask: np.ndarray) -> None:
@@ -82,10 +158,12 @@ def test_a_label_that_none_found_has_no_signs(make_spec: Make) -> None:
 
 
 def test_a_batch_that_is_tried_again_counts_once(make_spec: Make, mask: np.ndarray) -> None:
-    witness = Witness(make_spec({"a": 1, "b": 2}), networks=1, passes=1)
-    witness.window().add(logits_of(mask, 1.0))  # ran out of memory, say
-    window = witness.window()
+    witness = noting(make_spec({"a": 1, "b": 2}))
+    image = torch.zeros((1, 1, 8, 8, 8))
+    witness.window(image).add(logits_of(mask, 1.0))  # ran out of memory, say
+    window = witness.window(image)
     window.add(logits_of(mask, 3.0))
+    window.compare(logits_of(mask, 3.0))
     witness.take(window)
     assert witness.signs() == seen(make_spec, [logits_of(mask, 3.0)]).signs()
 
@@ -93,13 +171,13 @@ def test_a_batch_that_is_tried_again_counts_once(make_spec: Make, mask: np.ndarr
 def test_regions_are_seen_as_they_are_painted(make_spec: Make, mask: np.ndarray) -> None:
     regions = {"whole": {"labels": ["a", "b"], "paint": "a"}, "core": {"labels": ["b"], "paint": "b"}}
     spec = make_spec({"a": 1, "b": 2}, regions=regions)
-    witness = Witness(spec, networks=1, passes=1)
-    window = witness.window()
+    witness = noting(spec)
+    window = witness.window(torch.zeros((1, 1, 8, 8, 8)))
     whole, core = torch.from_numpy(mask > 0), torch.from_numpy(mask == 2)
     window.add(torch.stack([whole.float() * 40 - 20, core.float() * 40 - 20])[None])
     witness.take(window)
     assert witness.signs()["a"]["confidence"] == pytest.approx(logit(1.0))
-    assert witness.signs()["b"]["margin"] == pytest.approx(1, abs=1e-6)
+    assert witness.signs()["b"]["confidence"] == pytest.approx(logit(1.0))
 
 
 class Twice(torch.nn.Module):
@@ -115,11 +193,11 @@ def test_a_witness_does_not_change_the_answer(make_spec: Make, make_plan: Make, 
     plan = make_plan(spec, **changes)
     passes = 2**dimensions
     image = torch.randn((1, 20, 18, 17), generator=torch.Generator().manual_seed(0))
-    witness = Witness(spec, networks=2, passes=passes)
+    witness = Witness(spec, networks=2, passes=passes, zoom=zooms(plan.spacing, dimensions))
     with_it = slide(image, [Twice(), Twice()], plan, mirror=True, witness=witness)
     assert torch.equal(with_it, slide(image, [Twice(), Twice()], plan, mirror=True))
     assert 0 < witness.between_networks()["organ"] <= 1
-    assert "mirrors" in witness.signs()["organ"]
+    assert logit(0.3) < witness.signs()["organ"]["closer"] < logit(0.999)
     assert window_logits([Twice()], plan, mirror=False) is not None
 
 
