@@ -44,7 +44,7 @@ def window_logits(
 
     def one_pass(network: nn.Module, windows: Tensor, dims: list[int]) -> Tensor:
         with autocast(windows.device.type, plan.precision):
-            logits = network(windows.flip(dims) if dims else windows)
+            logits: Tensor = network(windows.flip(dims) if dims else windows)
         return logits.float().flip(dims) if dims else logits.float()
 
     def predict(windows: Tensor) -> Tensor:
