@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from medseg.batch.isolation import ALLOCATOR
+from medseg.batch.process import ALLOCATOR
 from medseg.batch.memory import memory_text
 from medseg.errors import BatchError
 from medseg.inference import predict as module
