@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from medseg.batch.process import ALLOCATOR
 from medseg.batch.memory import memory_text
+from medseg.batch.process import ALLOCATOR
 from medseg.errors import BatchError
 from medseg.inference import predict as module
 from medseg.inference.memory import Case, _Live, forecast, tiles_of
