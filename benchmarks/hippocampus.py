@@ -125,11 +125,7 @@ def main() -> None:
         parser.error("--all is for --folds")
     rows = []
     for seed in options.seeds or ([0] if options.folds else [0, 1, 2]):
-        one = (
-            cross_validate(options, seed)
-            if options.folds
-            else one_seed(options.data, options.budget, seed, options.work)
-        )
+        one = (cross_validate if options.folds else one_seed)(options, seed)
         rows.append(one)
         print(json.dumps(one), flush=True)
     if not options.folds:
