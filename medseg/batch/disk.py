@@ -22,7 +22,7 @@ MASK, SOFT = 0.08, 2.0
 def estimate(studies: Sequence[StudyInput], formats: Sequence[str], out: Path) -> int:
     """Return about how many bytes the results of the studies that OUT does not have yet will take, rather too many."""
     share = sum(SOFT if EXPORTERS[name].soft else MASK for name in formats)
-    return sum(int(_bytes(study) * share) + 4 * SMALLEST for study in _missing(studies, out))
+    return sum(int(input_bytes(study) * share) + 4 * SMALLEST for study in _missing(studies, out))
 
 
 def require_room(studies: Sequence[StudyInput], formats: Sequence[str], out: Path) -> str:
@@ -51,7 +51,8 @@ def _missing(studies: Sequence[StudyInput], out: Path) -> list[StudyInput]:
     return [study for study in studies if study.id not in known and study.refusal is None]
 
 
-def _bytes(study: StudyInput) -> int:
+def input_bytes(study: StudyInput) -> int:
+    """Return the bytes of the files of a study, as far as they are there."""
     total = 0
     for file in study.files:
         try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medseg.batch.disk import input_bytes
 from medseg.batch.study_input import StudyInput
 from medseg.errors import BatchError
 from medseg.readers.nifti import is_nifti
@@ -53,7 +54,7 @@ def memory_text(studies: Sequence[StudyInput], models: Sequence[BundleInfo], lim
 def image_bytes(study: StudyInput) -> int:
     """Return about how many bytes the image of a study takes once it is read, all its channels as float32.
 
-    Of formats whose header is not looked at here it is what their files may unpack to.
+    Of formats whose header is not looked at here, or makes no sense, it is what their files may unpack to.
     """
     rows = study.channels or ((study.series,) if study.series else ())
     headers = [row.headers for row in rows if row.headers]
@@ -62,7 +63,7 @@ def image_bytes(study: StudyInput) -> int:
     grid = _grid(study)
     if grid is not None:
         return 4 * math.prod(grid[0]) * len(study.images)
-    return UNPACKED * sum(file.stat().st_size for file in study.files if file.is_file())
+    return UNPACKED * input_bytes(study)
 
 
 def _grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:
@@ -71,20 +72,20 @@ def _grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:
         header, count = study.series.headers[0], len(study.series.headers)
         rows, columns = header.spacing or (1.0, 1.0)
         return (header.columns, header.rows, count), np.diag([columns, rows, 1.0, 1.0]), 4
-    if study.refusal is None and study.images and is_nifti(study.images[0]) and study.images[0].is_file():
+    if study.refusal is None and study.images and is_nifti(study.images[0]):
         return _nifti_grid(study)
     return None
 
 
 def _nifti_grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
 
     try:
         image = nibabel.load(study.images[0])
         i, j, k = (*image.shape[:3], 1, 1)[:3]
         affine = np.asarray(image.affine, np.float64)
-    except (OSError, ValueError, ImageFileError):
-        return None  # the run will say what is wrong with it
-    floats = image.header.get_data_dtype().kind == "f" or image.header.get_slope_inter()[0] not in (None, 1.0)
-    return (int(i), int(j), int(k)), affine, 4 if floats else image.header.get_data_dtype().itemsize
+        dtype = image.header.get_data_dtype()
+        floats = dtype.kind == "f" or image.header.get_slope_inter()[0] not in (None, 1.0)
+    except Exception:  # noqa: BLE001 - of many kinds; whoever reads the study says what is wrong, here nothing may stop
+        return None
+    return ((int(i), int(j), int(k)), affine, 4 if floats else dtype.itemsize) if min(i, j, k) > 0 else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -215,6 +217,34 @@ def test_size_of_an_image_by_its_header(tmp_path: Path) -> None:
     file.write_bytes(b"broken")
     assert image_bytes(StudyInput("a", (file,), None, file)) == 6 * 40
     assert image_bytes(StudyInput("a", (tmp_path / "none.nii",), None, file)) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(70, 999), (108, 0), (42, -3), (40, 0), (252, -1)],
+    ids=["type", "offset", "negative", "dimensions", "form"],
+)
+@pytest.mark.parametrize("cut", [0, 30])
+def test_the_size_of_a_damaged_image_stops_no_run(tmp_path: Path, place: int, value: int, cut: int) -> None:
+    """It is asked in the command itself, where an error would end all studies."""
+    file = tmp_path / "a.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).integers(0, 999, (4, 5, 6), np.int16), np.eye(4)), file)
+    header = bytearray(gzip.decompress(file.read_bytes()))
+    header[place : place + 4] = struct.pack("<f", value) if place == 108 else struct.pack("<hxx", value)
+    packed = bytearray(gzip.compress(bytes(header)))
+    packed[12 : 12 + cut] = bytes(255 for _ in range(cut))
+    file.write_bytes(packed)
+    assert 0 <= image_bytes(StudyInput("a", (file,), None, file)) < 1 << 20
+
+
+def test_the_size_of_what_cannot_be_looked_at_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr("os.stat", refused)
+    assert image_bytes(StudyInput("a", (tmp_path / "a.mha",), None, tmp_path)) == 0
+    assert image_bytes(StudyInput("a", (tmp_path / "a.nii",), None, tmp_path)) == 0
 
 
 class Meeting:
