@@ -29,6 +29,8 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 * _MIB), "MALLOC_TRIM_THRESHOLD_": 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 """For libgomp, which torch brings: threads that wait for each other sleep. Unless told they spin, and where others use
 the processors, too, they spin away the time of the very thread that they wait for."""
+PUSH_SECONDS = 0.01
+"""How long to listen before more of a message is written."""
 WORDS = 300
 """Characters of the last line of a worker that could not start, which an error repeats."""
 
@@ -46,7 +48,7 @@ class Process:
         self._slot, self._threads = slot, threads
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline = -1
-        self._rest = b""
+        self._rest, self._unsent = b"", b""
         self._errors: IO[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -93,22 +95,34 @@ class Process:
             raise
         finally:
             os.close(listen)
-        self._lifeline, self._rest = lifeline, b""
+        self._lifeline, self._rest, self._unsent = lifeline, b"", b""
+        assert self._process.stdin is not None, "it was asked for"
+        os.set_blocking(self._process.stdin.fileno(), False)
 
     def send(self, message: Any) -> None:
-        """Write a line of JSON; that it died is found out by who listens."""
-        if self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._process.stdin.write(json.dumps(message).encode("ascii") + b"\n")
-                self._process.stdin.flush()
+        """Begin to write a line of JSON; what the pipe has no room for follows with each call of `message`.
+
+        So nobody waits for a process that hangs: the headers of a large series fill a pipe. That it died is found out
+        by who listens.
+        """
+        self._unsent += json.dumps(message).encode("ascii") + b"\n"
+        self._push()
+
+    def _push(self) -> None:
+        """Write what the pipe has room for."""
+        if self._unsent and self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError, ValueError):  # full for now, or its reader died
+                while self._unsent:
+                    self._unsent = self._unsent[os.write(self._process.stdin.fileno(), self._unsent) :]
 
     def message(self, seconds: float) -> dict[str, Any] | None:
         """Return its next message, nothing if none comes within `seconds`, None when it has ended."""
         process = self._process
         if process is None or process.stdout is None:
             return None
+        self._push()
         while b"\n" not in self._rest:
-            if not readable(process.stdout.fileno(), seconds):
+            if not readable(process.stdout.fileno(), min(seconds, PUSH_SECONDS) if self._unsent else seconds):
                 return {}
             data = os.read(process.stdout.fileno(), 1 << 16)
             if not data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -253,6 +254,37 @@ def test_a_command_with_many_open_files_has_workers(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert outcome.entry is not None
     assert outcome.entry.state == "done"
+
+
+def test_nobody_waits_for_a_worker_that_reads_nothing(
+    child: Callable[..., Child], monkeypatch: pytest.MonkeyPatch, starts: Callable[[str], None]
+) -> None:
+    """What is known of a large series does not fit into a pipe, and its guard must see the time pass."""
+    starts("import time; time.sleep(600)")
+    monkeypatch.setattr(isolation, "START_SECONDS", 1.0)
+    with pytest.raises(BatchError, match="did not load the model"):
+        child().run("", "x" * (1 << 20))
+
+
+def test_messages_larger_than_a_pipe_arrive_whole_and_in_order(
+    child: Callable[..., Child], starts: Callable[[str], None]
+) -> None:
+    starts(
+        "import hashlib, json, sys, time\n"
+        "time.sleep(0.5)\n"
+        "for line in sys.stdin.buffer: print(json.dumps(hashlib.sha256(line).hexdigest()), flush=True)\n"
+    )
+    worker = child().process
+    worker.start()
+    sent = [["a" * 300_000, n] for n in range(3)]
+    for each in sent:
+        worker.send(each)
+    found: list[object] = []
+    while len(found) < len(sent):
+        message = worker.message(1.0)
+        assert message is not None
+        found += [message] if message else []
+    assert found == [hashlib.sha256(json.dumps(each).encode() + b"\n").hexdigest() for each in sent]
 
 
 @pytest.mark.parametrize("fate", ["hang", "stuck"])
