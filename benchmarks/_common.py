@@ -122,6 +122,16 @@ def interval(values: Mapping[str, float]) -> tuple[float, float, float]:
     return (mean, *found) if found else (mean, float("nan"), float("nan"))
 
 
+def difference(values: Mapping[str, float], others: Mapping[str, float]) -> tuple[float, float, float]:
+    """Return how much higher the mean of `values` is than that of `others`, low and high: both bootstrapped apart."""
+    draw = np.random.default_rng(0)
+    means = [
+        draw.choice([*each.values()], (RESAMPLES, len(each))).mean(1) for each in (values, others)
+    ]  # fmt: skip
+    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
+    return statistics.mean(values.values()) - statistics.mean(others.values()), float(low), float(high)
+
+
 def machine() -> dict[str, Any]:
     """Return what a figure depends on beside the code."""
     from medseg.device import processor_name

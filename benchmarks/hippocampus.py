@@ -22,7 +22,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _common import SPLIT, Spent, case_dice, interval, label_dice, machine, medseg, score, test_cases
+from _common import SPLIT, Spent, case_dice, difference, interval, label_dice, machine, medseg, score, test_cases
 
 Row = dict[str, Any]
 
@@ -81,11 +81,14 @@ def cross_validate(options: argparse.Namespace, seed: int) -> Row:
     if options.all:
         return row
     predicted, together, _ = test(options.data, folder)
-    single = interval(single_networks(options.data, folder / "run"))
+    alone = single_networks(options.data, folder / "run")
+    single, apart = interval(alone), difference(alone, known)
     print(f"40 test cases, single networks: {shown(single)}; all {options.folds} together: {shown(together)}")
     agrees = estimate[1] <= single[0] <= estimate[2]
     print(f"the mean of the single networks lies {'within' if agrees else 'OUTSIDE OF'} the estimate's interval")
-    found = {"single": [round(value, 4) for value in single], "together": [round(value, 4) for value in together]}
+    print(f"test less estimate, both uncertain: {shown(apart)}")
+    results = {"single": single, "together": together, "difference": apart}
+    found = {name: [round(value, 4) for value in values] for name, values in results.items()}
     return {**row, **times(predict=predicted), **found, "agrees": agrees}
 
 

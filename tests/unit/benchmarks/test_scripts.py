@@ -97,3 +97,11 @@ def test_network_without_peers_is_one_that_medseg_can_be(load: Load) -> None:
     plan = network_plan(load("step_time").PLAN)
     assert plan.name == "unet"
     assert plan.options["features"] == [32, 64, 128, 256]
+
+
+def test_difference_holds_what_separates_two_means(load: Load) -> None:
+    low, high = {"a": 0.7, "b": 0.8, "c": 0.9}, {"d": 0.9, "e": 1.0}
+    apart, least, most = load("_common").difference(high, low)
+    assert apart == pytest.approx(0.15)
+    assert least < apart < most
+    assert load("_common").difference(low, low)[1] < 0 < load("_common").difference(low, low)[2]
