@@ -9,6 +9,7 @@ the disk: what a power cut takes is noticed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -141,8 +142,10 @@ def mapped(path: Path) -> NDArray[Any]:
     dataset has more cases than a third of that.
     """
     stored = np.load(path, mmap_mode="r")
-    # Shared: private maps count as memory where the system promises no more than it has (vm.overcommit_memory=2).
-    raw = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    # Private maps count as memory where the system promises no more than it has (vm.overcommit_memory=2); torch opens
+    # the file of a shared one for writing.
+    shared = os.access(path, os.W_OK)
+    raw = torch.from_file(str(path), shared=shared, size=path.stat().st_size, dtype=torch.uint8).numpy()
     array: NDArray[Any] = (
         raw[stored.offset :].view(stored.dtype).reshape(stored.shape, order="F" if np.isfortran(stored) else "C")
     )

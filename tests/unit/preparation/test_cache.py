@@ -92,8 +92,12 @@ def test_opened_cases_hold_no_files_open(tmp_path: Path, spec: Spec, plan: Plan)
 
 @pytest.mark.parametrize("array", [np.arange(24, dtype=">i2").reshape(2, 3, 4), np.zeros((0, 4), np.int32),
                                    np.asfortranarray(np.arange(6.0).reshape(2, 3))])  # fmt: skip
-def test_a_mapped_file_is_what_numpy_reads(tmp_path: Path, array: np.ndarray) -> None:
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_mapped_file_is_what_numpy_reads(
+    tmp_path: Path, array: np.ndarray, writable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     np.save(tmp_path / "array.npy", array)
+    monkeypatch.setattr(module.os, "access", lambda *_: writable)
     found = mapped(tmp_path / "array.npy")
     assert found.dtype == array.dtype
     assert found.shape == array.shape
