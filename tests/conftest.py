@@ -512,3 +512,22 @@ def tracked() -> SimpleNamespace:
         look=_look,
         expected=EXPECTED_RUN,
     )
+
+
+@pytest.fixture
+def small_file_system(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """``small_file_system("10m")``: a folder that holds no more than so many bytes; the test skips without root."""
+    places: list[Path] = []
+
+    def make(size: str) -> Path:
+        place = tmp_path / f"small{len(places)}"
+        place.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        if os.geteuid() != 0 or subprocess.run(words, capture_output=True, check=False).returncode:
+            pytest.skip("only root may mount a small file system")
+        places.append(place)
+        return place
+
+    yield make
+    for place in places:
+        subprocess.run(["umount", str(place)], check=True)

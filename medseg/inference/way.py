@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -177,20 +177,20 @@ class Between:
 
         Not sure of it where that is not above 0: it is then of one of the corners.
         """
-        first, least = _first(self.low)
-        if self.high is not self.low:
-            other, gap = _first(self.high)
-            least = torch.where(first == other, torch.minimum(least, gap), 0.0)
-        return self._spread(first, least)
+        return self._agreed(_first)
 
     @cached_property
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return as `winners` does, of regions: a bit for each that is above 0, and how far all are from 0 at least."""
-        bits, least = _bits(self.low)
+        return self._agreed(_bits)
+
+    def _agreed(self, found: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return what is found in both planes and by how much at least: 0 where they differ."""
+        first, least = found(self.low)
         if self.high is not self.low:
-            other, gap = _bits(self.high)
-            least = torch.where(bits == other, torch.minimum(least, gap), 0.0)
-        return self._spread(bits, least)
+            other, gap = found(self.high)
+            least = torch.where(first == other, torch.minimum(least, gap), 0.0)
+        return self._spread(first, least)
 
     @cached_property
     def error(self) -> float:

@@ -147,11 +147,11 @@ class Campaign:
             with contextlib.ExitStack() as stack:
                 processes = [stack.enter_context(running(self.place, words)) for words in self.words]
                 while marks and any(process.poll() is None for process in processes):
-                    if progress(self.out) < marks[0]:
+                    below = self.roots or [process.pid for process in processes]
+                    if progress(self.out) < marks[0] or not kill_a_worker(below, chance):
                         time.sleep(0.002)
                         continue
-                    mark = marks.pop(0)
-                    killed += kill_a_worker(self.roots or [process.pid for process in processes], chance)
+                    mark, killed = marks.pop(0), killed + 1
                     if mark in ends:
                         time.sleep(chance.uniform(0, 0.3))
                         break

@@ -9,8 +9,7 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -362,15 +361,8 @@ def test_a_full_disk_names_the_case_and_leaves_nothing_half_written(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(words, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+def small_disk(small_file_system: Callable[[str], Path]) -> Path:
+    return small_file_system("256k")
 
 
 @pytest.mark.parametrize("free", [0, 4096, 8192, 16384, 24576])

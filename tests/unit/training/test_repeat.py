@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,8 @@ class Ticks:
 
 
 def test_a_budget_is_repeated_by_its_record(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule_module, "ByClock", partial(ByClock, clock=Ticks()))
+    ticks = Ticks()
+    monkeypatch.setattr(schedule_module, "ByClock", lambda *given, **named: ByClock(*given, **named | {"clock": ticks}))
     said = StringIO()
     show = Display(Console(file=said, width=200))
     data = place / "data"
