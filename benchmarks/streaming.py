@@ -5,14 +5,14 @@
 The image is the first 112·z/400 slices of ct_body/ct_3mm_112.nii.gz, resampled by scipy.ndimage.zoom(order=1) to
 512×512×z; beyond z = 400 they are followed by their mirror image. Memory is the peak of the process tree, sampled every
 50 ms (resident set sizes, shared pages counted in each). nnU-Net: nnUNetv2_predict -f all -step_size 0.5 --disable_tta,
-with -npp/-nps 0 and 1. `--only medseg nnunet0 ...` picks.
+with -npp/-nps 0 and 1. BENCHMARK_THREADS cores each (default 2). `--only medseg nnunet0 ...` picks.
 `--wide 118` predicts with a head of 118 channels with random weights, 512×512×800, under --max-memory 4GiB.
 `--quick` takes 128×128×20 instead, to try the script itself.
 """
 
 import argparse
 import json
-import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import psutil
+from _common import limited, machine
 from scipy import ndimage
 
 FOLDER = "Dataset005_Body/nnUNetTrainer__smallResPlans__3d_fullres"
@@ -66,6 +67,12 @@ def make_image(data: Path, out: Path, z: int, plane: int) -> Path:
     file.parent.mkdir(parents=True)
     nibabel.save(nibabel.Nifti1Image(made, affine), file)
     return file
+
+
+def processor_seconds() -> float:
+    """Return what ended processes of this one have used, with the processes that they waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def watched(command: list[str], environment: dict[str, str]) -> tuple[int, float, float]:
@@ -160,9 +167,10 @@ def main() -> None:
         model, limit = widened(model, arguments.out, arguments.wide), limit or "4GiB"
         depths = depths if arguments.quick else [800]
     results = model.resolve().parents[1]
-    environment = {**os.environ, "nnUNet_results": str(results), "nnUNet_raw": "/tmp", "nnUNet_preprocessed": "/tmp"}
-    print("| z | program | exit | seconds | peak GiB | less image and mask | differs from nnunet |")
-    print("|---|---|---|---|---|---|---|")
+    environment = {**limited(), "nnUNet_results": str(results), "nnUNet_raw": "/tmp", "nnUNet_preprocessed": "/tmp"}
+    print(json.dumps(machine()))
+    print("| z | program | exit | seconds | of processors | peak GiB | less image and mask | differs from nnunet |")
+    print("|---|---|---|---|---|---|---|---|")
     for z in depths:
         image = make_image(arguments.data, arguments.out, z, plane)
         out = arguments.out / f"out_{plane}_{z}_{arguments.wide}"
@@ -173,7 +181,9 @@ def main() -> None:
         for name in sorted(rows, key=lambda each: not each.startswith("nnunet")):
             if arguments.only and name not in arguments.only:
                 continue
+            used = processor_seconds()
             code, seconds, peak = watched(rows[name], environment)
+            used = processor_seconds() - used
             masks[name] = mask_of(name, out)
             reference = next((masks[n] for n in ("nnunet0", "nnunet1") if masks.get(n) is not None), None)
             found = masks[name]
@@ -181,9 +191,8 @@ def main() -> None:
             if reference is not None and found is not None:
                 inside = (reference > 0) | (found > 0)
                 differs = f"{100 * (reference != found)[inside].mean():.4f} % of foreground"
-            print(
-                f"| {z} | {name} | {code} | {seconds:.1f} | {peak:.2f} | {peak - arrays:.2f} | {differs} |", flush=True
-            )
+            figures = f"{seconds:.1f} | {used:.1f} | {peak:.2f} | {peak - arrays:.2f}"
+            print(f"| {z} | {name} | {code} | {figures} | {differs} |", flush=True)
 
 
 if __name__ == "__main__":
