@@ -6,7 +6,8 @@ The image is the first 112·z/400 slices of ct_body/ct_3mm_112.nii.gz, resampled
 512×512×z; beyond z = 400 they are followed by their mirror image. Memory is the peak of the process tree, sampled every
 50 ms (resident set sizes, shared pages counted in each). nnU-Net: nnUNetv2_predict -f all -step_size 0.5 --disable_tta,
 with -npp/-nps 0 and 1. BENCHMARK_THREADS cores each (default 2). `--only medseg nnunet0 ...` picks.
-`--wide 118` predicts with a head of 118 channels with random weights, 512×512×800, under --max-memory 4GiB.
+`--wide 118` predicts with a head of 118 channels, 512×512×800, under --max-memory 4GiB: with random weights, or, with
+`--minutes 4`, trained that long (_wide_model.py).
 `--quick` takes 128×128×20 instead, to try the script itself.
 """
 
@@ -23,6 +24,7 @@ import nibabel
 import numpy as np
 import psutil
 from _common import limited, machine
+from _wide_model import widened
 from scipy import ndimage
 
 FOLDER = "Dataset005_Body/nnUNetTrainer__smallResPlans__3d_fullres"
@@ -98,30 +100,6 @@ def watched(command: list[str], environment: dict[str, str]) -> tuple[int, float
     return process.returncode, time.monotonic() - began, peak / 2**30
 
 
-def widened(model: Path, out: Path, classes: int) -> Path:
-    """Copy the model with a head of `classes` channels of random weights and as many labels."""
-    import torch
-
-    from medseg.nnunet.checkpoint import HARMLESS
-
-    place = out / "nnunet" / f"Dataset005_Body{classes}" / Path(FOLDER).name
-    if place.exists():
-        return place
-    shutil.copytree(model, place)
-    dataset = json.loads((place / "dataset.json").read_text())
-    dataset["labels"] = {"background": 0, **{f"label{n}": n for n in range(1, classes)}}
-    (place / "dataset.json").write_text(json.dumps(dataset))
-    for file in place.glob("fold_*/checkpoint_final.pth"):
-        with torch.serialization.safe_globals(list(HARMLESS)):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        weights, random = checkpoint["network_weights"], torch.Generator().manual_seed(0)
-        for name in [name for name in weights if "seg_layers" in name]:
-            shape = (classes, *weights[name].shape[1:])
-            weights[name] = torch.randn(shape, generator=random) * (0.3 if "weight" in name else 0.0)
-        torch.save(checkpoint, file)
-    return place
-
-
 def contenders(image: Path, model: Path, out: Path, peers: Path | None, limit: str) -> dict[str, list[str]]:
     medseg = [
         sys.executable,
@@ -157,14 +135,19 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="bin folder of an environment with nnunetv2")
     parser.add_argument("--z", type=int, nargs="+", default=[100, 200, 400])
     parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--wide", type=int, default=0, help="classes of a head with random weights")
+    parser.add_argument("--wide", type=int, default=0, help="channels of a wider head")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of training for --wide; 0: random weights")
     parser.add_argument("--max-memory", default="")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     plane, depths = (128, [20]) if arguments.quick else (512, arguments.z)
     model, limit = arguments.data / "nnunet_models" / FOLDER, arguments.max_memory
     if arguments.wide:
-        model, limit = widened(model, arguments.out, arguments.wide), limit or "4GiB"
+        place = arguments.out / "nnunet" / f"Dataset005_Body{arguments.wide}_{arguments.minutes:g}" / Path(FOLDER).name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        body = arguments.data / "ct_body" / "ct_3mm_112.nii.gz"
+        model = widened(model, place, arguments.wide, image=body, minutes=arguments.minutes)
+        limit = limit or "4GiB"
         depths = depths if arguments.quick else [800]
     results = model.resolve().parents[1]
     environment = {**limited(), "nnUNet_results": str(results), "nnUNet_raw": "/tmp", "nnUNet_preprocessed": "/tmp"}
@@ -173,7 +156,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for z in depths:
         image = make_image(arguments.data, arguments.out, z, plane)
-        out = arguments.out / f"out_{plane}_{z}_{arguments.wide}"
+        out = arguments.out / f"out_{plane}_{z}_{arguments.wide}_{arguments.minutes:g}"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         rows = contenders(image, model, out, arguments.peers, limit)
