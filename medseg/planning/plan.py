@@ -297,5 +297,5 @@ def override(plan: Plan, settings: tuple[str, ...]) -> Plan:
     try:
         return config.parse(Plan, yaml.safe_dump(values, sort_keys=False), name="--set")
     except ConfigError as error:
-        # The lines are those of a text that nobody has seen.
-        raise PlanError(re.sub(r"^--set:\d+: ", "--set ", str(error), flags=re.MULTILINE)) from error
+        # The lines, and the file, are those of a text that nobody has seen.
+        raise PlanError(re.sub(r"^--set:\d+: (file: )?", "--set ", str(error), flags=re.MULTILINE)) from error

@@ -37,6 +37,7 @@ from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import Case, Dataset
 from medseg.tracking import Tracker, start
 from medseg.training.choose_schedule import choose_schedule
+from medseg.training.copies import one_patient, refuse_learnt_test_cases, say_copies
 from medseg.training.finish import finish_run
 from medseg.training.folds import Fold, balanced, make_folds, refuse_leaks, the_fold
 from medseg.training.loop import Job, fit
@@ -147,6 +148,9 @@ def _lead(
         if left_out := len(dataset.select("train")) - len(cases):
             display.say(f"{left_out} training case(s) have no mask and are left out")
         manifest = make_manifest(dataset)
+        refuse_learnt_test_cases(dataset, manifest)
+        found, cases = cases, one_patient(dataset, cases, manifest)
+        say_copies(display, found, cases)
         origin = open_start(request, dataset.spec)
         open_run(out, manifest, request, None if origin is None else origin.info.digest)
         if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():
@@ -197,9 +201,9 @@ def _follow(paths: Sequence[Path], *, out: Path, request: Request, splits: Path 
     began = time.monotonic()
     if _call_others(to_work=False):
         dataset = load_datasets(paths, splits=splits)
-        digest = make_manifest(dataset)["digest"]
-        cases = learning_cases(dataset)
-        work = _Work(dataset, cases, out, request, digest, began, Display(None), best_device())
+        manifest = make_manifest(dataset)
+        cases = one_patient(dataset, learning_cases(dataset), manifest)
+        work = _Work(dataset, cases, out, request, manifest["digest"], began, Display(None), best_device())
         for job in work.jobs(read_plan(out / "3_plan.yaml")):
             if not job.checkpoint.with_name("finished.json").exists():
                 fit(job, lambda state: Followed())
@@ -271,12 +275,12 @@ class _Work:
         if self.request.plan or self.request.replay:
             given = self.request.plan or (self.request.replay or Path()) / "3_plan.yaml"
             plan = override(read_plan(given), self.request.settings)
-            if self.request.steps is not None:
-                plan = plan.model_copy(update={"steps": self.request.steps})
             plan, reasons = as_started(plan, self.dataset.spec, origin), dict[str, str]()
         else:
             self.display.stage("measuring step times")
             plan, reasons = plan_training(self.dataset, fingerprint, self.request, self.device, origin)
+        if self.request.steps is not None:  # --set steps= may say another number, too
+            plan = plan.model_copy(update={"steps": self.request.steps})
         if self.request.epochs is not None:
             plan = plan.model_copy(update={"steps": self._steps_of_epochs(plan, self.request.epochs)})
         if plan.monai is not None or (plan.nnunet is not None and origin is None):

@@ -49,6 +49,7 @@ from medseg.spec import Case, Dataset, Spec
 from medseg.studies import Study, read_study
 from medseg.targets import decode, known_channels, mean_logits
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
+from medseg.training.copies import one_patient
 from medseg.training.ensembles import MARGIN, MIN_PATIENTS, Candidate, Choice, Repeated, choose, repeat
 from medseg.training.finished import DIFFER, Finished, open_runs
 from medseg.training.manifest import learning_cases, make_manifest
@@ -104,14 +105,16 @@ def select_model(
     found = open_runs(runs)
     paths = (datasets,) if isinstance(datasets, Path) else tuple(datasets)
     dataset = load_datasets(paths, splits=splits)
-    if make_manifest(dataset)["digest"] != found[0].data_digest:
+    manifest = make_manifest(dataset)
+    if manifest["digest"] != found[0].data_digest:
         raise TrainingError(
             f"{found[0].name} learnt from other data than {' '.join(map(str, paths))} (with these splits) holds; give "
             "the dataset and the --splits of its training",
             code=DIFFER,
         )
     shutil.rmtree(out / "6_model", ignore_errors=True)  # of a command that was killed
-    work = _Work(dataset.spec, found, tuple(c for c in learning_cases(dataset) if c.id in found[0].folds))
+    cases = one_patient(dataset, learning_cases(dataset), manifest)
+    work = _Work(dataset.spec, found, tuple(c for c in cases if c.id in found[0].folds))
     with display or Display(None) as shown:
         for run in found:
             if None in run.validation_known:

@@ -332,6 +332,32 @@ def test_cases_of_a_patient_stay_together(place: Path, tmp_path: Path, tiny_data
     assert not (tmp_path / "leak").exists(), "nothing is written for what is refused at once"
 
 
+def test_copies_of_an_image_are_never_on_both_sides(place: Path, tmp_path: Path, tiny_dataset: Builder) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=8, test=2)
+    for copy, original in ((1, 0), (3, 2), (5, 4)):
+        shutil.copy(data / "images" / f"c{original}.nii.gz", data / "images" / f"c{copy}.nii.gz")
+    said: list[str] = []
+    display = Display(None)
+    display.say = said.append  # type: ignore[method-assign]
+    api.train(data, out=tmp_path / "run", steps=1, folds=3, plan=place / "plan.yaml", display=display)
+    for fold in range(3):
+        found = {int(p.name[1]) for p in (tmp_path / "run" / "5_folds" / str(fold) / "validation").glob("c*.nii.gz")}
+        assert len(found) == 2
+        assert len({number // 2 for number in found}) == 1
+    assert any("c1, c3, c5" in line and "one patient" in line for line in said)
+    shutil.copy(data / "images" / "c0.nii.gz", data / "images" / "c7.nii.gz")
+    with pytest.raises(TrainingError, match=r"very images of training cases: c7 those of c[01];") as caught:
+        api.train(data, out=tmp_path / "leak", steps=1, plan=place / "plan.yaml")
+    assert caught.value.code == "PATIENT_IN_TWO_SPLITS"
+
+
+def test_blank_images_are_no_copies(place: Path, tmp_path: Path, tiny_dataset: Builder, tiny: Any) -> None:
+    data = tiny_dataset(tmp_path / "data", cases=5, test=1)
+    for number in (0, 1, 2, 4):
+        tiny.save(data / "images" / f"c{number}.nii.gz", np.zeros(tiny.shape, np.float32))
+    api.train(data, out=tmp_path / "run", steps=1, folds=4, plan=place / "plan.yaml")
+
+
 def test_one_case_is_too_few(place: Path, tmp_path: Path, tiny_dataset: Builder) -> None:
     data = tiny_dataset(tmp_path / "data", cases=1, test=0)
     with pytest.raises(TrainingError, match=r"1 patient\(s\) to learn from; at least 2 are needed"):
@@ -461,6 +487,13 @@ def test_impossible_lengths_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=words):
         api.train(place / "data", out=tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
+
+
+def test_steps_asked_for_are_done_when_a_setting_says_another_number(
+    place: Path, tmp_path: Path, no_measuring: None
+) -> None:
+    settings = (*QUICK, "network.options.features=[4,8,8]", "steps=7")
+    assert api.train(place / "data", out=tmp_path / "run", steps=2, settings=settings).steps == 2
 
 
 def test_epochs_are_passes_over_the_cases(place: Path, tmp_path: Path, no_measuring: None) -> None:
