@@ -33,15 +33,25 @@ def one_patient(dataset: Dataset, cases: Sequence[Case], manifest: Mapping[str, 
     return tuple(replace(case, patient=name[case.patient]) for case in cases)
 
 
-def say_copies(display: Display, before: Sequence[Case], after: Sequence[Case]) -> None:
-    """Say which cases `one_patient` has put together; nothing where there were none."""
-    moved = [case.id for case, now in zip(before, after, strict=True) if case.patient != now.patient]
+def without_leaks(
+    dataset: Dataset, cases: Sequence[Case], manifest: Mapping[str, Any], display: Display
+) -> tuple[Case, ...]:
+    """Return the cases as `one_patient` does and say which were put together.
+
+    Raises
+    ------
+    TrainingError : PATIENT_IN_TWO_SPLITS, a test case has the very images of a training case.
+    """
+    refuse_learnt_test_cases(dataset, manifest)
+    together = one_patient(dataset, cases, manifest)
+    moved = [case.id for case, now in zip(cases, together, strict=True) if case.patient != now.patient]
     if moved:
         more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
         display.say(
             f"{', '.join(moved[:3])}{more}: the images, or others of the patient, are those of another case; they "
             "count as one patient. medseg check names all of them (DUPLICATE_IMAGE)"
         )
+    return together
 
 
 def refuse_learnt_test_cases(dataset: Dataset, manifest: Mapping[str, Any]) -> None:

@@ -61,10 +61,12 @@ def say_absent_labels(display: Display, fingerprint: Fingerprint) -> None:
         display.say(f"no training case holds {', '.join(absent)}: the model cannot learn what it has never seen")
 
 
-def say_datasets(display: Display, cases: Sequence[Case]) -> None:
-    """Say what is known of each of several datasets; nothing of one."""
+def say_datasets(display: Display, cases: Sequence[Case], *, without_mask: int) -> None:
+    """Say what is known of each of several datasets (nothing of one), and how many cases are left out."""
     times = repeats(cases)
     for own in {case.own.name: case.own for case in cases if isinstance(case, JoinedCase)}.values():
         count = sum(dataset_of(case) == own.name for case in cases)
         more = f", each drawn {times[own.name]} times in a pass" if times[own.name] > 1 else ""
         display.say(f"{own.name}: {count} training case(s) that annotate {', '.join(own.foreground)}{more}")
+    if without_mask:
+        display.say(f"{without_mask} training case(s) have no mask and are left out")

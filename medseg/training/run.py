@@ -37,7 +37,7 @@ from medseg.preparation.path import training_path, up_to_cache
 from medseg.spec import Case, Dataset
 from medseg.tracking import Tracker, start
 from medseg.training.choose_schedule import choose_schedule
-from medseg.training.copies import one_patient, refuse_learnt_test_cases, say_copies
+from medseg.training.copies import one_patient, without_leaks
 from medseg.training.finish import finish_run
 from medseg.training.folds import Fold, balanced, make_folds, refuse_leaks, the_fold
 from medseg.training.loop import Job, fit
@@ -144,13 +144,9 @@ def _lead(
     cases = learning_cases(dataset)
     refuse_too_few(cases, request)
     with display:
-        say_datasets(display, cases)
-        if left_out := len(dataset.select("train")) - len(cases):
-            display.say(f"{left_out} training case(s) have no mask and are left out")
+        say_datasets(display, cases, without_mask=len(dataset.select("train")) - len(cases))
         manifest = make_manifest(dataset)
-        refuse_learnt_test_cases(dataset, manifest)
-        found, cases = cases, one_patient(dataset, cases, manifest)
-        say_copies(display, found, cases)
+        cases = without_leaks(dataset, cases, manifest, display)
         origin = open_start(request, dataset.spec)
         open_run(out, manifest, request, None if origin is None else origin.info.digest)
         if (out / "6_model" / MODEL_FILE).exists() and (out / "done.json").exists():

@@ -158,7 +158,7 @@ def test_a_later_setting_wins(plan: Plan) -> None:
     ("setting", "message"),
     [
         ("batch_size", "--set batch_size: write KEY=VALUE"),
-        ("spacing=[0, 1, 1]", r"^--set spacing \(0.0, 1.0, 1.0\): three positive"),
+        ("spacing=[0, 1, 1]", "--set spacing (0.0, 1.0, 1.0): three positive"),
         ("batch_sze=4", "--set batch_sze: unknown key, did you mean 'batch_size'?"),
         ("augmentation.nose=0", "--set augmentation.nose: unknown key, did you mean 'noise'?"),
         ("augmentaton.noise=0", "--set augmentaton: unknown key, did you mean 'augmentation'?"),
