@@ -89,7 +89,7 @@ def test_together_and_then_alone_is_one_run(place: Path) -> None:
     assert "nothing to do" in run(place, "alone", processes=2).stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak)])
 def test_a_stop_signal_ends_at_a_checkpoint(place: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(

@@ -17,6 +17,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from medseg import api
+from medseg.errors import TrainingError
+
 STEPS = 6
 STATE = "5_folds/0/checkpoint/state.safetensors"
 MODEL = "6_model/fold_0.safetensors"
@@ -118,6 +121,7 @@ def killed(place: Path, out: Path, start: list[str]) -> None:
     assert not (out / "done.json").exists()
 
 
+@pytest.mark.soak  # of one dataset in make test: test_kill_training.py, test_many_processes.py
 def test_a_killed_run_goes_on_and_ends_in_the_same_model(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     killed(place, out, ALONE)
@@ -130,6 +134,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_model(place: Path, tmp_path: 
     assert "nothing to do" in run(place, out)
 
 
+@pytest.mark.soak  # of one dataset in make test: test_kill_training.py, test_many_processes.py
 def test_two_killed_processes_go_on_as_one(place: Path, tmp_path: Path) -> None:
     """The checkpoint does not know how many processes wrote it."""
     out = tmp_path / "run"
@@ -138,12 +143,10 @@ def test_two_killed_processes_go_on_as_one(place: Path, tmp_path: Path) -> None:
     assert apart(load_file(place / "alone" / MODEL), load_file(out / MODEL)) < 2e-3
 
 
-def test_other_datasets_or_another_order_are_another_run(place: Path) -> None:
+@pytest.mark.parametrize("names", ["boxes balls", "balls"])
+def test_other_datasets_or_another_order_are_another_run(place: Path, names: str) -> None:
     """Values and names depend on the order: a run that goes on with other ones would mix up labels."""
-    for datasets in ("boxes balls", "balls"):
-        done = subprocess.run(
-            command(place / "alone", datasets=datasets), cwd=place, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert "RUN_DIFFERS" in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
+    datasets = [place / name for name in names.split()]
+    with pytest.raises(TrainingError) as caught:
+        api.train(datasets, out=place / "alone", steps=STEPS, plan=place / "plan.yaml")
+    assert caught.value.code == "RUN_DIFFERS"

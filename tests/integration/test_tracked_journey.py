@@ -42,8 +42,8 @@ def client(journey: Path) -> Any:
 @pytest.fixture(scope="module")
 def run(journey: Path, client: Any) -> Any:
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny"]
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.run_id == open_bundle(journey / "run").info.tracking_run
+    found = client.get_run(open_bundle(journey / "run").info.tracking_run)
+    assert found.info.experiment_id == experiment.experiment_id
     return found
 
 
