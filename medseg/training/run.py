@@ -359,8 +359,9 @@ class _Work:
                 job, self.request, began=self.began, reserve=reserve, networks_left=left, earlier=earlier
             )
             self.display.stage(f"training fold {number + 1} of {len(jobs)}" if len(jobs) > 1 else "training")
-            watch = Watch(self.display, tracker, job, number, len(jobs))
+            watch, began = Watch(self.display, tracker, job, number, len(jobs)), time.monotonic()
             states.append(watch.ended(fit(job, schedule, watch=watch)))
+            earlier += max(0.0, states[-1].seconds - (time.monotonic() - began))  # before this process took it up
             write_json(done, {"steps": states[-1].step})
         return states
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from medseg.display import Display
+from medseg.training import run
 from medseg.training.choose_schedule import choose_schedule
+from medseg.training.request import Request
 from medseg.training.reserve import FIXED_SECONDS, JUDGING_SECONDS, Rehearsal, Reserve, reserve_of, told
 from medseg.training.schedule import LEAST_SHARE, ByClock
 from medseg.training.state import LoopState
@@ -58,6 +64,24 @@ def test_the_share_of_a_fold(
     schedule = schedule_of(LoopState(seconds=spent))
     assert isinstance(schedule, ByClock)
     assert schedule.whole == pytest.approx(expected)
+
+
+def test_what_an_earlier_process_spent_on_a_fold_is_not_there_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first fold was taken up after 300 s of an earlier process, and ends at once."""
+    told: list[float] = []
+    monkeypatch.setattr(run, "measure_reserve", lambda *_: Reserve())
+    monkeypatch.setattr(run, "Watch", lambda *_: SimpleNamespace(ended=lambda state: state))
+    monkeypatch.setattr(run, "fit", lambda *_, **__: LoopState(seconds=300.0))
+    monkeypatch.setattr(run, "choose_schedule", lambda *_, earlier, **__: told.append(earlier))
+    jobs: Any = [
+        SimpleNamespace(checkpoint=tmp_path / str(fold) / "checkpoint" / "state", validation=[]) for fold in range(2)
+    ]
+    request = Request(budget=1000.0)
+    work = run._Work(Any, (), tmp_path, request, "", time.monotonic(), Display(None), torch.device("cpu"))  # type: ignore[arg-type]
+    work.fit_all(jobs, Any)  # type: ignore[arg-type]
+    assert told == [0.0, pytest.approx(300.0, abs=5.0)]
 
 
 class Machine:
