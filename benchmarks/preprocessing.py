@@ -3,11 +3,12 @@
     python benchmarks/preprocessing.py --peers /work/peers/bin/python --rounds 3
 
 Whole command, in turn: `nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres --verify_dataset_integrity`, and what `medseg
-train` does before its first step, in one process: plan, then prepare all cases. Once without known step times, so that
-the plan measures them (nnU-Net's measures none), and once more with those; and once as two commands. CT-sized: a CT of
-a body at 3 mm (122×101×112) is brought to --spacing in memory: nnU-Net's default resampling of image (order 3) and mask
-(order 1), medseg's Resample (trilinear) and its splines of order 3, which models of nnU-Net get. Not the same work:
-nnU-Net's default is splines where medseg's is trilinear, and it writes compressed files; the rows say what each did.
+train` does before its first step, in one process, which starts as the program does: plan, then prepare all cases. Once
+without known step times, so that the plan measures them (nnU-Net's measures none), and once more with those; and once
+as two commands. CT-sized: a CT of a body at 3 mm (122×101×112) is brought to --spacing in memory: nnU-Net's default
+resampling of image (order 3) and mask (order 1), medseg's Resample (trilinear) and its splines of order 3, which models
+of nnU-Net get. Not the same work: nnU-Net's default is splines where medseg's is trilinear, and it writes compressed
+files; the rows say what each did.
 
 Beside seconds of the clock stand those of the processors, of all processes together: other work on the machine changes
 them less.
@@ -33,11 +34,15 @@ import numpy as np
 PLAN = """
 from pathlib import Path
 import sys
+from medseg.startup import quick_start
+quick_start()
 from medseg import api
 api.plan(Path(sys.argv[1]), out=Path(sys.argv[2]))
 """
 PREPARE = """
 import sys
+from medseg.startup import quick_start
+quick_start()
 from pathlib import Path
 from medseg.planning.plan import read_plan
 from medseg.preparation.cache import CaseCache, prepare_cases

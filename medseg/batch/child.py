@@ -27,6 +27,7 @@ from medseg.batch.job import Settings, decode, encode, recipe
 from medseg.batch.locks import present
 from medseg.batch.pipe import readable
 from medseg.errors import BatchError, BundleError, MedsegError
+from medseg.startup import quick_start
 
 if TYPE_CHECKING:
     from medseg.inference.predict import Model, Prediction
@@ -193,6 +194,7 @@ def lines(source: int, busy: Callable[[], bool]) -> Iterator[bytes]:
 
 def main(lifeline: int, slot: int) -> None:
     """Be a worker on stdin and stdout."""
+    quick_start()
     die_with(lifeline)
     with contextlib.suppress(OSError):  # the system's memory killer must take this process, not who commands it
         place = Path("/proc/self/oom_score_adj")

@@ -14,6 +14,7 @@ from typing import Any
 
 from medseg.bundle import Bundle, BundleInfo, is_foreign, open_bundle
 from medseg.errors import BundleError, MedsegError
+from medseg.startup import quick_start
 
 PROGRAM = "medseg.inference.describe"
 
@@ -64,4 +65,5 @@ def main(model: Path) -> None:
 
 
 if __name__ == "__main__":
+    quick_start()
     main(Path(sys.argv[1]))
