@@ -209,6 +209,8 @@ class Plan(Config):
         for name, row in self.normalisation.items():
             if row.scheme == "ct" and row.low > row.high:  # clipping would leave one grey value
                 problems.append(f"normalisation.{name}: low {row.low:g} is above high {row.high:g}")
+            if row == Normalise(scheme="ct"):  # so would this
+                problems.append(f"normalisation.{name}: the scheme ct needs low, high, mean and deviation, too")
         if not all(SCALES[0] <= scale <= SCALES[1] for scale in self.augmentation.scale):
             problems.append(
                 f"augmentation.scale {self.augmentation.scale}: two numbers from {SCALES[0]:g} to {SCALES[1]:g} are "

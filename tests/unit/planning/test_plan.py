@@ -105,6 +105,7 @@ def test_an_edited_file_is_checked_with_its_lines(tmp_path: Path, plan: Plan) ->
         ({"budget_seconds": -60.0}, "greater than 0"),
         ({"budget_seconds": 0.0}, "greater than 0"),
         ({"normalisation": {"t1": {"scheme": "ct", "low": 5.0, "high": -5.0}}}, "low 5 is above high -5"),
+        ({"normalisation": {"t1": {"scheme": "ct"}}}, "t1: the scheme ct needs low, high, mean and deviation"),
         ({"seed": 2**63}, "less than or equal to"),
         ({"dimensions": 4}, "2 or 3"),
         ({"batch_size": 0}, "greater than or equal to 1"),
