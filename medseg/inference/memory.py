@@ -169,7 +169,7 @@ def terms(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
         mask=mask * (1 + (former > 0)),
         slab=(classes + 1) * deep * plane * FLOAT,
         planes=(3 * classes + chances + 8) * plane * FLOAT + 3 * block * FLOAT,
-        window=network + (4 * classes + former) * window * FLOAT,
+        window=network + (3 * classes + former) * window * FLOAT,
         painting=fine * (8 * FLOAT + 4 * at_once) + mixing,
         preparing=3 * min(SLAB, voxels * FLOAT)
         + _between(case, where)

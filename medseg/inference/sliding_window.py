@@ -51,11 +51,12 @@ def window_logits(
         if flat:
             windows = windows[..., 0]
         total: Tensor | None = None
+        own = False
         watched = None if witness is None else witness.window(windows)
         for network, flip in itertools.product(networks, flips):
             logits = one_pass(network, windows, [axis + 2 for axis in flip])
-            # Not in place: a network may hand back a tensor that is still in use.
-            total = logits if total is None else total + logits
+            # The first one not in place: a network may hand back a tensor that is still in use.
+            total, own = (logits, False) if total is None else (total.add_(logits) if own else total + logits, True)
             if watched is not None:
                 watched.add(logits)
                 closer = watched.closer()
@@ -64,7 +65,8 @@ def window_logits(
         if witness is not None and watched is not None:
             witness.take(watched)
         assert total is not None
-        total = total / (len(networks) * len(flips))
+        if own:
+            total /= len(networks) * len(flips)
         return total[..., None] if flat else total
 
     return predict
@@ -193,7 +195,9 @@ def planes(
                 total = logits.new_zeros((len(logits), depth, *size))
             weight = weight[(slice(None), *inside)]
             span = (slice(0, logits.shape[1]), *place)
-            total[(slice(None), *span)] += logits[(slice(None), slice(None), *inside)] * weight
+            # Channel by channel: the product of all would be as large as the logits.
+            for channel, part in zip(total, logits, strict=True):
+                channel[span] += part[(slice(None), *inside)] * weight
             seen[span] += weight
         assert total is not None
         for plane in range(start, following):
