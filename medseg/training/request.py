@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from medseg.errors import ConfigError, TrainingError
-from medseg.files import file_digest, write_json
+from medseg.files import file_digest, sweep, write_json
 from medseg.planning.plan import MOST_SEED
 
 
@@ -85,6 +90,33 @@ def open_run(out: Path, manifest: dict[str, Any], request: Request, start: str |
             if what == "data" and before is not None:
                 (out / "2_fingerprint.json").unlink(missing_ok=True)
             write_json(file, value)
+
+
+@contextmanager
+def taken(out: Path) -> Iterator[None]:
+    """Hold a run folder for this command while the block runs, cleared of what a killed one left half written.
+
+    A file system without locks holds nothing.
+
+    Raises
+    ------
+    TrainingError : LOCKED, another command works in it.
+    """
+    lock = FileLock(out / "train.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise TrainingError(
+            f"{out}: another medseg train works in this folder; wait for it, or choose another --out", code="LOCKED"
+        ) from None
+    except (OSError, NotImplementedError):  # what is to be written next says what is wrong with the folder
+        lock.release()
+    try:
+        sweep(out)
+        shutil.rmtree(out / "6_model", ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _as_json(request: Request) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from medseg.bundle import MODEL_FILE, Bundle, make_network, open_bundle
 from medseg.device import best_device, repeatable
 from medseg.display import Display, clock
 from medseg.errors import ConfigError, PlanError, TrainingError
-from medseg.files import sweep, write_json
+from medseg.files import write_json
 from medseg.joining import load_datasets
 from medseg.losses import LOSSES
 from medseg.parallel import added, joined
@@ -46,7 +46,7 @@ from medseg.training.plan_from import plan_training
 from medseg.training.record import MANIFEST, complete_manifest, note_environment, recorded_threads
 from medseg.training.refusals import refuse_empty_training, refuse_too_few, say_absent_labels, say_datasets
 from medseg.training.replay import compared, told, warning
-from medseg.training.request import Request, complete, open_run, read_json
+from medseg.training.request import Request, complete, open_run, read_json, taken
 from medseg.training.reserve import FIXED_SECONDS, Reserve, measure_reserve
 from medseg.training.reserve import told as told_reserve
 from medseg.training.schedule import Followed
@@ -143,7 +143,7 @@ def _lead(
     refuse_leaks(dataset.cases)
     cases = learning_cases(dataset)
     refuse_too_few(cases, request)
-    with display:
+    with display, ExitStack() as held:
         say_datasets(display, cases, without_mask=len(dataset.select("train")) - len(cases))
         manifest = make_manifest(dataset)
         cases = without_leaks(dataset, cases, manifest, display)
@@ -153,8 +153,7 @@ def _lead(
             display.say(f"{out}: this training is complete; nothing to do")
             _call_others(to_work=False)
             return _result(out, began)
-        sweep(out)
-        shutil.rmtree(out / "6_model", ignore_errors=True)
+        held.enter_context(taken(out))
         keep_start(out, origin)
         work = _Work(dataset, cases, out, request, manifest["digest"], began, display, best_device())
         work.note_environment()

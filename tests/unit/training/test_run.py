@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from rich.console import Console
 
 from medseg import api
@@ -144,6 +145,16 @@ def test_what_a_killed_process_left_half_written_is_swept(place: Path, tmp_path:
         file.write_bytes(b"half")
     train(place, out)
     assert not any(file.exists() for file in leftovers)
+
+
+def test_a_second_command_in_the_same_folder_is_refused(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(place / "run", out)
+    (out / "done.json").unlink()
+    with FileLock(out / "train.lock"):
+        refused("LOCKED", "another medseg train works in this folder", place, out)
+        assert (out / "6_model" / "model.json").exists(), "what the other command has written stays"
+    train(place, out)
 
 
 def refused(code: str, words: str, *args: Any, **options: Any) -> None:
