@@ -42,6 +42,9 @@ def _print_batch(result: Any) -> None:
             )
     done = len(result.select("done"))
     say(f"{done} of {len(result.entries)} studies done; table: {result.out / 'summary.csv'}")
+    spared = [entry for entry in result.entries if "SMALLER_BATCHES" in entry.notes]
+    if spared:
+        say(f"{len(spared)} done in smaller batches for want of memory (note SMALLER_BATCHES)")
     judged = [entry for entry in result.entries if entry.review is not None]
     if judged:
         say(f"{sum(entry.review for entry in judged)} of {len(judged)} should be looked at (column review says why)")

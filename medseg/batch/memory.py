@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medseg.batch.disk import input_bytes
+from medseg.batch.foretell import Asked, foretold, foretold_aside
 from medseg.batch.study_input import StudyInput
-from medseg.errors import BatchError
+from medseg.errors import BundleError
 from medseg.readers.nifti import is_nifti
 
 if TYPE_CHECKING:
@@ -22,33 +23,32 @@ UNPACKED = 40
 """Bytes of float32 a byte of a compressed picture becomes, rather too many."""
 
 
-def memory_text(studies: Sequence[StudyInput], models: Sequence[BundleInfo], limit: int, *, soft: bool = False) -> str:
+def memory_text(
+    studies: Sequence[StudyInput],
+    models: Sequence[BundleInfo],
+    limit: int,
+    *,
+    soft: bool = False,
+    mirror: bool | None = None,
+    aside: bool = False,
+) -> str:
     """Return what the prediction of the largest image is expected to take within `limit` bytes, for a person.
 
     Parameters
     ----------
     models : the members of an ensemble, or the one model.
     soft : whether probabilities are written, too.
+    mirror : whether inputs are mirrored; None: as planned.
+    aside : whether a process of its own computes it, so that this one needs no torch.
     """
-    from medseg.inference.joint_memory import forecast_joint
-    from medseg.inference.memory import Case, forecast
-    from medseg.inference.presets import QUALITY
-
     grids = [grid for grid in map(_grid, studies) if grid is not None]
     if not grids:
         return "memory: not known before the images are read"
-    shape, affine, itemsize = max(grids, key=lambda grid: math.prod(grid[0]))
-    cases = [Case(shape, affine, itemsize, info.plan, info.spec, QUALITY[info.preset]) for info in models]
-    networks = [len(info.weights) for info in models]
+    asked = Asked(*max(grids, key=lambda grid: math.prod(grid[0])), models, limit, soft=soft, mirror=mirror)
     try:
-        if soft or len(cases) > 1:
-            need = forecast_joint(cases, networks=networks, soft=int(soft), in_file=True, limit=limit)
-        else:
-            need = forecast(cases[0], networks=networks[0], limit=limit)
-    except BatchError as error:
-        return f"memory: {error}"
-    size = "×".join(map(str, shape))
-    return f"memory: the largest image ({size}) needs about {need.text}"
+        return f"memory: {foretold_aside(asked) if aside else foretold(asked)}"
+    except BundleError as error:  # nobody needs the estimate so much that the run should not begin
+        return f"memory: not known ({error})"
 
 
 def image_bytes(study: StudyInput) -> int:

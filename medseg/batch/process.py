@@ -133,14 +133,19 @@ class Process:
         return message
 
     def memory(self) -> int:
-        """Return the resident bytes of the process and of what it started."""
+        """Return the resident bytes of the process and of what it started.
+
+        Pages of files are left out: the system takes them back when it wants, and probabilities of a large image lie
+        in one (medseg.batch.room).
+        """
         if self._process is None:
             return 0
         total = 0
         with contextlib.suppress(psutil.Error):
             own = psutil.Process(self._process.pid)
             for process in (own, *own.children(recursive=True)):
-                total += process.memory_info().rss
+                found = process.memory_info()
+                total += found.rss - getattr(found, "shared", 0)
         return total
 
     def kill(self) -> None:

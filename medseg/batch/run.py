@@ -128,7 +128,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             if max_memory is not None:
                 models = [member.info for member in in_parts(bundle).members] or [info]
                 soft = any(EXPORTERS[name].soft for name in names)
-                warn(memory_text(studies, models, max_memory, soft=soft))
+                aside = workers is not None
+                warn(memory_text(studies, models, max_memory, soft=soft, mirror=mirror, aside=aside))
             announce(out, [study.id for study in studies])
             found = _do(studies, settings, engine, progress, watch)
             if tables:

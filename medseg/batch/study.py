@@ -38,6 +38,8 @@ NO_MEMORY = (
     ("MEMORY", "there is too little memory for it; use a machine with more"),
     ("GPU_MEMORY", "the GPU has too little memory for one window of this model; use a larger one, or none"),
 )
+SMALLER_BATCHES = "SMALLER_BATCHES"
+"""Note of a study for whose windows there was too little memory at once; the journal says how many there were then."""
 REFUSALS = (ReadError, GeometryError, SpecError, BundleError)
 """Faults of the input; everything else is ours, and is tried again by the next run."""
 
@@ -115,6 +117,9 @@ def _segment(
     course.enter("writing")
     placed = place(Result(found.mask, spec, entry.model_digest, image, study.series, found.soft), study.allow)
     outputs, notes = _write(placed, formats, ledger.out, study.id)
+    if found.windows:
+        notes = (*notes, SMALLER_BATCHES)
+        ledger.journal(study.id, {"windows_at_once": found.windows})
     return entry.model_copy(
         update={
             "state": "done",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from medseg.bundle import Bundle, open_bundle
+from medseg.bundle import Bundle, BundleInfo, open_bundle
 from medseg.channels import with_rules
 from medseg.inference.postprocess import require_steps
 
@@ -56,3 +56,11 @@ def speaking(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
             "are the same, but no Dice is expected of them and none is flagged; train the model again for an estimate"
         )
     return bundle
+
+
+def judged(info: BundleInfo, mirror: bool | None) -> bool:
+    """Tell whether the quality of masks that are made with or without mirroring (None: as planned) is estimated."""
+    quality = info.quality
+    if quality is None or quality.outdated or info.members:
+        return False
+    return quality.mirror == (info.plan.test_mirroring if mirror is None else mirror)

@@ -1,20 +1,12 @@
-"""What a foreign model says of itself, told by a process of its own: reading its checkpoints takes torch (300 MiB).
-
-A command whose workers predict needs no more than that, and its own memory is there for as long as they work.
-"""
+"""What a foreign model says of itself, told by a process of its own: reading its checkpoints takes torch."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from medseg.bundle import Bundle, BundleInfo, is_foreign, open_bundle
-from medseg.errors import BundleError, MedsegError
-from medseg.startup import quick_start
+from medseg.inference.aside import answer, ask
 
 PROGRAM = "medseg.inference.describe"
 
@@ -28,21 +20,7 @@ def described(model: Path) -> Bundle:
     """
     if not is_foreign(model):
         return open_bundle(model)
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    done = subprocess.run(
-        # -P: a file called json.py in the current folder must not become part of the program.
-        [sys.executable, "-P", "-m", PROGRAM, str(model)],
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError as error:
-        raise BundleError(f"{model.name}: the process that reads it ended with {done.returncode}") from error
-    if "error" in answer:
-        raise BundleError(answer["error"], code=answer["code"])
-    return _bundle(model, answer)
+    return _bundle(model, ask(PROGRAM, str(model), about=model.name))
 
 
 def _bundle(folder: Path, answer: dict[str, Any]) -> Bundle:
@@ -55,15 +33,5 @@ def _described(bundle: Bundle) -> dict[str, Any]:
     return {"info": bundle.info.model_dump(mode="json"), "previous": previous}
 
 
-def main(model: Path) -> None:
-    """Say on stdout what a model is, or why it cannot be used."""
-    try:
-        answer = _described(open_bundle(model))
-    except MedsegError as error:
-        answer = {"error": str(error), "code": error.code}
-    sys.stdout.write(json.dumps(answer))
-
-
 if __name__ == "__main__":
-    quick_start()
-    main(Path(sys.argv[1]))
+    answer(lambda model: _described(open_bundle(Path(model))))

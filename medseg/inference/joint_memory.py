@@ -112,7 +112,7 @@ def _joint(
     classes = len(channel_names(first.spec))
     fine = math.prod(math.ceil(n / count) for n, count in zip(_others(first.shape, axis), tiles, strict=True))
     prepared: dict[str, int] = {}
-    slab = planes = window = preparing = 0
+    slab = planes = window = preparing = judging = 0
     for case, (steps, where), network in zip(cases, grids, layers, strict=True):
         own, turned = axis_of(steps, axis)
         # Parts of a slice are counted along its own axes, which may be the other way round here.
@@ -122,7 +122,7 @@ def _joint(
         plane = need.slab // ((classes + 1) * where.deep[own] * FLOAT)
         slab, preparing = slab + need.slab, max(preparing, need.preparing)
         planes += PLANES * classes * plane * FLOAT + fine * 8
-        window = max(window, need.window)
+        window, judging = max(window, need.window), max(judging, need.judging)
         copy = math.prod(where.padded) * FLOAT * len(case.spec.channels) * (turned != falling)
         key = image_key(case.plan)
         prepared[key] = max(prepared.get(key, 0), need.prepared + copy)
@@ -137,6 +137,7 @@ def _joint(
         window=window,
         painting=COPIES * VALUES * FLOAT + fine * (100 + 2 * soft * classes),
         preparing=preparing,
+        judging=judging,
         tiles=tiles,
     )
 

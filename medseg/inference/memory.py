@@ -35,6 +35,10 @@ from medseg.volume import Affine
 LIBRARIES = 340 << 20
 """Bytes of a worker before it reads anything: Python, torch and the readers."""
 FLOAT = 4
+WATCHED = 3
+"""Answers to a window that are held beside the usual ones where quality is estimated (medseg.quality.witness)."""
+JUDGED = 8
+"""Bytes a voxel of what is looked at in the finished mask for it (medseg.quality.shape)."""
 Tile = tuple[tuple[int, int], tuple[int, int]]
 
 
@@ -51,6 +55,7 @@ class Need:
     window : the network's layers and answers for one window (batch of slices).
     painting : a few slices of the source.
     preparing : one part of the image on its way to the network, and axes that are not resampled yet.
+    judging : of the finished mask, where quality is estimated; what the network is given is no more there then.
     tiles : parts in a plane.
     """
 
@@ -63,13 +68,15 @@ class Need:
     window: int
     painting: int
     preparing: int
+    judging: int = 0
     tiles: tuple[int, int] = (1, 1)
 
     @property
     def total(self) -> int:
         """Return the peak."""
         predicting = self.mask + self.slab + self.planes + max(self.window, self.painting)
-        return self.held + self.image + self.prepared + max(predicting, self.preparing)
+        working = self.prepared + max(predicting, self.preparing)
+        return self.held + self.image + max(working, self.mask + self.judging)
 
     @property
     def text(self) -> str:
@@ -82,7 +89,10 @@ class Need:
 
 @dataclass(frozen=True)
 class Case:
-    """What the need of an image depends on: its grid, channels of how many bytes a voxel, plan, spec and preset."""
+    """What the need of an image depends on: its grid, channels of how many bytes a voxel, plan, spec and preset.
+
+    `quality` is whether it is estimated, too: the networks' answers are then looked at, and given once more.
+    """
 
     shape: tuple[int, int, int]
     affine: Affine
@@ -90,6 +100,7 @@ class Case:
     plan: Plan
     spec: Spec
     preset: Preset = EXACT
+    quality: bool = False
 
 
 def forecast(case: Case, *, networks: int = 1, held: int | None = None, limit: int | None = None) -> Need:
@@ -160,7 +171,7 @@ def terms(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
     at_once = math.ceil(max(1, lines[0].after / lines[0].before))
     block = min(classes * plane, max(BLOCK, plane))
     chances = classes if case.plan.monai is not None and case.plan.monai.softmax else 0
-    window = math.prod(where.deep)
+    window, answers = math.prod(where.deep), 3 + WATCHED * case.quality
     mixing = min(PAIRS, fine * classes) * 160 if any(line.mixes for line in lines) else 0
     return Need(
         held=0,
@@ -169,11 +180,12 @@ def terms(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
         mask=mask * (1 + (former > 0)),
         slab=(classes + 1) * deep * plane * FLOAT,
         planes=(3 * classes + chances + 8) * plane * FLOAT + 3 * block * FLOAT,
-        window=network + (3 * classes + former) * window * FLOAT,
+        window=network + (answers * classes + former) * window * FLOAT + case.quality * 64 * window,
         painting=fine * (8 * FLOAT + 4 * at_once) + mixing,
         preparing=3 * min(SLAB, voxels * FLOAT)
         + _between(case, where)
         + (former > 0) * (5 * voxels + 16 * math.prod(where.shape)),
+        judging=case.quality * JUDGED * voxels,
         tiles=tiles,
     )
 

@@ -16,14 +16,14 @@ from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
 from medseg.device import best_device
 from medseg.errors import BundleError
 from medseg.inference.air import air_limits, skipping_air
-from medseg.inference.chosen import usable
+from medseg.inference.chosen import judged, usable
 from medseg.inference.joint import Member, Wanted, bring_back
 from medseg.inference.joint_memory import cut_plane, forecast_joint, image_key
 from medseg.inference.labels import Key, paint
 from medseg.inference.memory import Case, Tile, forecast, tiles_of
 from medseg.inference.postprocess import postprocess
 from medseg.inference.presets import EXACT, QUALITY, Preset, in_parts
-from medseg.inference.sliding_window import Predictor, joined, mirrorings, planes, window_logits
+from medseg.inference.sliding_window import Predictor, joined, mirrorings, noting_halvings, planes, window_logits
 from medseg.inference.way import Box, Way, axis_of, shared_axis, way
 from medseg.inference.way_back import seen, ways_back
 from medseg.inference.windows import Layout, layout
@@ -102,11 +102,13 @@ class Prediction:
     soft : as `predict_soft` returns it, where asked for.
     quality : what Dice to expect, and whether a person should look; None where the bundle has no estimate, or none
         for this way of mirroring.
+    windows : how many windows of the network there was memory for at once; 0: for as many as were asked for.
     """
 
     mask: Volume
     soft: Volume | None = None
     quality: Quality | None = None
+    windows: int = 0
 
 
 def predict_case(
@@ -124,22 +126,22 @@ def predict_case(
     """
     notes = _wanted_notes(model, mirror)
     chances: Volume | None = None
-    if soft:
-        mask, chances = predict_soft(model, image, mirror=mirror, notes=notes, max_memory=max_memory, room=room)
-    else:
-        mask = predict_volume(model, image, mirror=mirror, notes=notes, max_memory=max_memory)
+    with noting_halvings() as halvings:
+        if soft:
+            mask, chances = predict_soft(model, image, mirror=mirror, notes=notes, max_memory=max_memory, room=room)
+        else:
+            mask = predict_volume(model, image, mirror=mirror, notes=notes, max_memory=max_memory)
     fitted = model.bundle.info.quality
     quality = None if notes is None or fitted is None else estimate(fitted, notes.signs(mask))
-    return Prediction(mask, chances, quality)
+    return Prediction(mask, chances, quality, min(halvings, default=0))
 
 
 def _wanted_notes(model: Model, mirror: bool | None) -> Notes | None:
     """Return empty notes where the bundle can estimate the quality of what is to be predicted."""
-    plan, quality = model.bundle.info.plan, model.bundle.info.quality
-    mirrored = plan.test_mirroring if mirror is None else mirror
-    if quality is None or quality.outdated or quality.mirror != mirrored or model.members:
+    info = model.bundle.info
+    if not judged(info, mirror):
         return None
-    return notes_for(model, mirror=mirrored)
+    return notes_for(model, mirror=info.plan.test_mirroring if mirror is None else mirror)
 
 
 def notes_for(model: Model, *, mirror: bool) -> Notes:
@@ -186,7 +188,8 @@ def predict_volume(
     tiles = (1, 1)
     if max_memory is not None:
         held = resident() - image.array.nbytes
-        tiles = forecast(case_of(model, image), held=max(0, held), limit=max_memory).tiles
+        case = case_of(model, image, quality=notes is not None)
+        tiles = forecast(case, held=max(0, held), limit=max_memory).tiles
     prepared, steps = _prepared(model, image, mirror, notes, max_memory)
     mask = np.zeros((1, *image.shape), label_type(info.spec))
     where = layout(prepared.shape[1:], info.plan, model.preset)
@@ -242,7 +245,8 @@ def _joint(
     models = model.members or (model,)
     tiles = (1, 1)
     if max_memory is not None:
-        cases, item = [case_of(each, image) for each in models], 0 if soft is None else soft.itemsize
+        cases = [case_of(each, image, quality=notes is not None) for each in models]
+        item = 0 if soft is None else soft.itemsize
         in_file, held = isinstance(soft, np.memmap), max(0, resident() - image.array.nbytes)
         tiles = forecast_joint(cases, soft=item, in_file=in_file, held=held, limit=max_memory).tiles
     shared: dict[str, tuple[Tensor, tuple[Step, ...]]] = {}
@@ -308,10 +312,10 @@ def _soft_planes(plan: Plan) -> bool:
     return plan.monai is not None and plan.monai.softmax
 
 
-def case_of(model: Model, image: Volume) -> Case:
-    """Return what the memory of a prediction depends on."""
+def case_of(model: Model, image: Volume, *, quality: bool = False) -> Case:
+    """Return what the memory of a prediction depends on; `quality`: whether that is estimated, too."""
     info = model.bundle.info
-    return Case(image.shape, image.affine, image.array.itemsize, info.plan, info.spec, model.preset)
+    return Case(image.shape, image.affine, image.array.itemsize, info.plan, info.spec, model.preset, quality)
 
 
 def resident() -> int:

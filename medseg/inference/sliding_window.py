@@ -11,6 +11,8 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,7 @@ from medseg.quality.witness import Witness
 Predictor = Callable[[Tensor], Tensor]
 Range = tuple[int, int]
 log = logging.getLogger("medseg.inference")
+_halvings: ContextVar[list[int]] = ContextVar("halvings")
 
 
 def mirrorings(plan: Plan, *, mirror: bool) -> list[tuple[int, ...]]:
@@ -72,10 +75,22 @@ def window_logits(
     return predict
 
 
+@contextmanager
+def noting_halvings() -> Iterator[list[int]]:
+    """Yield a list that gets how many windows are done at once from then on, each time `sparing` halves a batch."""
+    found: list[int] = []
+    token = _halvings.set(found)
+    try:
+        yield found
+    finally:
+        _halvings.reset(token)
+
+
 def sparing(predict: Predictor) -> Predictor:
     """Return a predictor that halves its batch of windows, and each half again, while there is no memory for it.
 
-    What fits once is not exceeded again by the same predictor. Each halving is said in the log "medseg.inference".
+    What fits once is not exceeded again by the same predictor. Each halving is said in the log "medseg.inference", and
+    to `noting_halvings`.
 
     Raises
     ------
@@ -94,6 +109,7 @@ def sparing(predict: Predictor) -> Predictor:
                     raise
             freed(windows.device)  # what the failed attempt took, now that nothing refers to it
             most = math.ceil(count / 2)
+            _halvings.get([]).append(most)
             log.warning("no memory for %d windows at once on %s: batches of %d", count, windows.device, most)
         return torch.cat([halved(part) for part in windows.chunk(math.ceil(count / most))])
 

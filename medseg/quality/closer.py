@@ -41,6 +41,8 @@ def agreement(first: Tensor, second: Tensor) -> Tensor:
 
     The first row over the second is the Dice of the two answers (soft: no voxel counts more for being at a threshold).
     """
-    dims = [axis for axis in range(first.ndim) if axis != 1]
-    shared = 2 * torch.minimum(first, second).sum(dims, dtype=torch.float64)
-    return torch.stack([shared, (first + second).sum(dims, dtype=torch.float64)])
+    # Class by class: in double precision all at once they would take six times the memory of an answer.
+    pairs = list(zip(first.unbind(1), second.unbind(1), strict=True))
+    shared = [2 * torch.minimum(one, other).sum(dtype=torch.float64) for one, other in pairs]
+    both = [(one + other).sum(dtype=torch.float64) for one, other in pairs]
+    return torch.stack([torch.stack(shared), torch.stack(both)])

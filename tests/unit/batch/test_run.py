@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,22 @@ def test_want_of_memory_is_told_as_such(
 
     monkeypatch.setattr(batch, "predict_case", breaks)
     assert states(predict([images], model=loaded, out=tmp_path / "out")) == {"a": "done", "b": "MEMORY", "c": "done"}
+
+
+def test_smaller_batches_are_noted(
+    loaded: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls, out = batch.predict_case, iter(range(10)), tmp_path / "out"
+
+    def cramped(*args: Any, **options: Any) -> Any:
+        return replace(real(*args, **options), windows=2 if next(calls) == 1 else 0)
+
+    monkeypatch.setattr(batch, "predict_case", cramped)
+    result = predict([images], model=loaded, out=out)
+    assert [entry.notes for entry in result.entries] == [(), ("SMALLER_BATCHES",), ()]
+    assert [row["notes"] for row in csv.DictReader((out / "summary.csv").open())] == ["", "SMALLER_BATCHES", ""]
+    facts = {name: json.loads((out / "journal" / f"{name}.json").read_text()) for name in "abc"}
+    assert {name: each.get("windows_at_once") for name, each in facts.items()} == {"a": None, "b": 2, "c": None}
 
 
 def test_an_error_of_ours_stops_no_other_and_is_tried_again(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medseg.batch.process import ALLOCATOR
+from medseg.inference.memory import Case
 from medseg.inference.predict import Model
 from medseg.volume import Volume
 
 Make = Callable[..., Any]
+PROGRAM = Path(__file__).with_name("memory_program.py")
+RULES = {"order": 1, "order_z": 0, "separate": None}
 
 
 class Random(nn.Module):
@@ -83,3 +92,29 @@ def make_picture(
 @pytest.fixture(scope="session")
 def picture() -> Callable[..., Volume]:
     return make_picture
+
+
+@pytest.fixture
+def case(make_spec: Make, make_plan: Make) -> Callable[..., Case]:
+    def make(shape: tuple[int, int, int] = (64, 64, 64), classes: int = 20, **changes: Any) -> Case:
+        spec = make_spec(labels={f"l{n}": n for n in range(1, classes)})
+        options = {"patch_size": (16, 16, 16), "nnunet": {"image": RULES, "logits": RULES}, **changes}
+        return Case(shape, np.eye(4), 2, make_plan(spec, **options), spec)
+
+    return make
+
+
+@pytest.fixture
+def measured() -> Callable[..., dict[str, Any]]:
+    """Return what a prediction took in a process of its own, and what was foretold (see memory_program)."""
+
+    def run(cases: Sequence[Case], depth: int, **options: Any) -> dict[str, Any]:
+        plans = [case.plan.model_dump_json() for case in cases]
+        given = {"limit": None, "soft": "", "quality": False, "mirror": False, "networks": 1, **options}
+        given |= {"plans": plans, "spec": cases[0].spec.model_dump(mode="json"), "depth": depth}
+        command = [sys.executable, str(PROGRAM), json.dumps(given)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **ALLOCATOR})
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout))
+
+    return run

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medseg.inference.predict import Model, predict_volume
+from medseg.inference.predict import Model, predict_case, predict_volume
 from medseg.inference.sliding_window import sparing
 from medseg.volume import Volume
 
@@ -98,4 +98,8 @@ def test_the_mask_of_a_cramped_device_is_that_of_a_roomy_one(
         assert not caplog.records
         assert np.array_equal(mask(cramped), wanted)
     assert "no memory for 8 windows at once on cpu" in caplog.text
+    info.quality = None
+    models = [Model(SimpleNamespace(info=info), [Cramped(n)], torch.device("cpu")) for n in (99, most)]
+    found = [predict_case(model, image) for model in models]
+    assert [each.windows for each in found] == [0, {1: 1, 3: 2, 7: 4}[most]]
     assert cramped.seen == roomy.seen, "nothing is done twice"
