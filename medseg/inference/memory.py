@@ -27,6 +27,7 @@ from medseg.inference.way_back import Lines, ways_back
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
 from medseg.preparation.prepare import SLAB, target_size
+from medseg.preparation.splines import AT_ONCE
 from medseg.sizes import said
 from medseg.spec import Spec
 from medseg.targets import channel_names, label_type
@@ -184,7 +185,7 @@ def terms(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
         painting=fine * (8 * FLOAT + 4 * at_once) + mixing,
         preparing=3 * min(SLAB, voxels * FLOAT)
         + _between(case, where)
-        + (former > 0) * (5 * voxels + 16 * math.prod(where.shape)),
+        + (former > 0) * (2 * mask + voxels + 2 * math.prod(where.shape) * (mask // voxels) + 40 * AT_ONCE),
         judging=case.quality * JUDGED * voxels,
         tiles=tiles,
     )

@@ -9,7 +9,7 @@ double precision, and agrees with it to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,8 @@ ANISOTROPIC = 3.0
 """A spacing over this many times another is resampled apart (nnU-Net's ANISO_THRESHOLD)."""
 LABELS = Interpolation(order=1, order_z=0)
 """How the masks that are learnt from are resampled (nnU-Net's resampling_fn_seg)."""
+AT_ONCE = 1 << 20
+"""Voxels of a mask that are resampled at once: 32 bytes each."""
 NOTHING = 1e-20
 """A smaller share of a voxel counts as none. A spline reaches over the whole axis, a quarter as strong each voxel
 further: in single precision many shares would be denormal numbers, with which processors multiply many times slower."""
@@ -112,11 +114,41 @@ def resize_labels(mask: NDArray[Any], size: Sequence[int], rule: Interpolation, 
 
 
 def _most(mask: NDArray[Any], size: Sequence[int], order: int) -> NDArray[Any]:
-    zoom = [after / before for before, after in zip(mask.shape, size, strict=True)]
     result = np.zeros(size, mask.dtype)
-    for label in np.unique(mask):
+    labels = np.unique(mask)
+    for label in labels[1:] if labels[0] == 0 else labels:  # background is there already
         # A byte a voxel goes in; what comes out is in double precision, as if that had gone in.
         here = (mask == label).view(np.uint8)
-        share = ndimage.zoom(here, zoom, order=order, mode="nearest", grid_mode=True, output=np.float64)
-        result[share >= 0.5] = label
+        for place, share in _shares(here, size, order):
+            result[place][share >= 0.5] = label
     return result
+
+
+def _shares(
+    here: NDArray[np.uint8], size: Sequence[int], order: int
+) -> Iterator[tuple[tuple[slice, ...], NDArray[np.float64]]]:
+    """Yield, part by part, where there is anything of a label, and how much: as ndimage.zoom has it, to the last bit.
+
+    Splines of a higher order reach over the whole axis: of them there is one part, the whole.
+    """
+    if order > 1:
+        zoom = [after / before for before, after in zip(here.shape, size, strict=True)]
+        share = ndimage.zoom(here, zoom, order=order, mode="nearest", grid_mode=True, output=np.float64)
+        yield tuple(slice(None) for _ in size), share
+        return
+    places, edges = [], []
+    for axis, (before, after) in enumerate(zip(here.shape, size, strict=True)):
+        place = (np.arange(after) + 0.5) * (before / after) - 0.5
+        filled = np.flatnonzero(here.any(tuple(other for other in range(here.ndim) if other != axis)))
+        # Values between two voxels are theirs, those beyond the first and the last are those of the edge.
+        first, last = np.searchsorted(place.clip(0, before - 1), (filled[0] - 1, filled[-1] + 1), side="left")
+        places.append(place)
+        edges.append((int(first), int(last)))
+    rest = edges[1:]
+    step = max(1, AT_ONCE // max(1, math.prod(last - first for first, last in rest)))
+    for start in range(*edges[0], step) if all(first < last for first, last in edges) else ():
+        part = tuple(slice(*edge) for edge in ((start, min(start + step, edges[0][1])), *rest))
+        lines = [place[edge] for place, edge in zip(places, part, strict=True)]
+        grid = np.stack(np.meshgrid(*lines, indexing="ij", copy=False))
+        share = ndimage.map_coordinates(here, grid, order=order, mode="nearest", output=np.float64)
+        yield part, share

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from scipy import ndimage
 from skimage.transform import resize as skimage_resize
 
 from medseg.planning.plan import Interpolation
+from medseg.preparation import splines
 from medseg.preparation.interpolate import nearest_slices
 from medseg.preparation.splines import coarse_axis, header_spacing, resize, resize_labels, spline_matrix
 from medseg.preparation.steps import Resampled, restore
@@ -100,6 +103,44 @@ def test_spacing_is_what_a_header_says() -> None:
     found = header_spacing(affine)
     assert found == [3.0, 1.0, 0.9765625]
     assert coarse_axis(Interpolation(order=3, order_z=0), [found[0], 1, 1], [1, 1, 1]) is None
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("lowest", [-1, 0, 1])
+@pytest.mark.parametrize("at_once", [1, 50, splines.AT_ONCE])
+def test_labels_are_scipy_s_whatever_is_done_at_once(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, order: int, lowest: int, at_once: int
+) -> None:
+    """Sizes in small ratios, so that many shares are exactly one half."""
+    monkeypatch.setattr(splines, "AT_ONCE", at_once)
+    for _ in range(15):
+        before, after = rng.integers(1, 9, 3), rng.integers(1, 9, 3)
+        coarse = rng.integers(lowest, 5, -(-before // 2)).astype(np.int8)
+        mask = coarse.repeat(2, 0).repeat(2, 1).repeat(2, 2)[tuple(slice(n) for n in before)]
+        wanted = np.zeros(after, np.int8)
+        for label in np.unique(mask):
+            share = ndimage.zoom(
+                (mask == label).astype(float), after / before, order=order, mode="nearest", grid_mode=True
+            )
+            wanted[share >= 0.5] = label
+        found = resize_labels(mask, tuple(after), Interpolation(order=order, order_z=0), None)
+        assert found.dtype == np.int8
+        assert np.array_equal(found, wanted)
+
+
+def test_a_label_map_is_resampled_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In double precision at once it would take 8 bytes a voxel, beside what goes in and comes out."""
+    monkeypatch.setattr(splines, "AT_ONCE", 1 << 17)
+    mask = np.zeros((64, 128, 128), np.uint8)
+    mask[4:60, 4:120, 4:120] = 1
+    size = (128, 192, 192)
+    tracemalloc.start()
+    try:
+        resize_labels(mask, size, Interpolation(order=1, order_z=0), None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < math.prod(size) + 3 * mask.size + 40 * splines.AT_ONCE < 3 * math.prod(size)
 
 
 def test_labels_need_half_of_a_voxel_and_the_last_wins() -> None:
