@@ -43,9 +43,8 @@ def test_of_probabilities(case: Cases, measured: Measured, soft: str) -> None:
     held(measured([found], DEPTH, soft=soft), slack=file)
 
 
-@pytest.mark.parametrize("more", [{}, {"mirror": True, "networks": 2}])
-@pytest.mark.parametrize("soft", ["", "memory"])
-def test_where_quality_is_estimated(case: Cases, measured: Measured, more: dict[str, Any], soft: str) -> None:
+@pytest.mark.parametrize("more", [{}, {"mirror": True, "networks": 2}, {"soft": "memory"}])
+def test_where_quality_is_estimated(case: Cases, measured: Measured, more: dict[str, Any]) -> None:
     """A few large windows: what is held of one is most of all."""
     found = case(classes=LABELS + 1, spacing=(3.0, 3.0, 3.0), patch_size=(64, 64, 64))
-    held(measured([found], DEPTH, quality=True, soft=soft, **more))
+    held(measured([found], DEPTH, quality=True, **more))
