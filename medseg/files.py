@@ -15,6 +15,8 @@ from typing import Any
 from medseg.errors import ExportError
 
 PARTIAL_PREFIX = ".partial-"
+TAIL = 50
+"""Characters of a file's name that its temporary name ends with (up to 200 bytes; a name has 255 at most)."""
 
 
 def write_atomically(
@@ -29,7 +31,8 @@ def write_atomically(
     ------
     ExportError : the disk is full or the folder not writable; nothing is left behind.
     """
-    temporary = path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}")
+    # Of a long name only the end: a name that is just allowed must not become too long by what stands before it.
+    temporary = path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{path.name[-TAIL:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if mode is not None:
@@ -96,6 +99,14 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, as 64 hex digits."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def place_of(path: Path) -> Path:
+    """Return where a path leads, absolute and without links; of links that lead in a circle, the path itself.
+
+    `Path.resolve` raises RuntimeError for those.
+    """
+    return Path(os.path.realpath(path))
 
 
 def legible(path: Path | str) -> str:

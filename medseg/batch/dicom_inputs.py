@@ -9,6 +9,7 @@ from pathlib import Path
 from medseg.batch.study_input import StudyInput
 from medseg.cases import study_id, study_key
 from medseg.errors import MedsegError, ReadError
+from medseg.files import place_of
 from medseg.privacy import keyed_id
 from medseg.readers.archives import Archives
 from medseg.readers.dicom_damage import Lost
@@ -35,18 +36,18 @@ def dicom_inputs(places: Sequence[Path], spec: Spec, archives: Archives) -> list
     """
     found = scan(_outermost(places))
     files = {file for row in found.series for file in row.files}
-    given = {place.resolve(): place for place in places if place.is_file()}
-    used = {file.resolve() for file in files}
+    given = {place_of(place): place for place in places if place.is_file()}
+    used = {place_of(file) for file in files}
     others = sorted(place for whole, place in given.items() if whole not in used)
     wanted = wanted_modalities(spec)
     rows = _ruled_inputs(found.series, spec, archives) if spec.rules else _series_inputs(found.series, wanted)
-    rows += [StudyInput(keyed_id("case", str(place.resolve())), (place,), None, place) for place in others]
-    lost = [part for part in found.lost if not part.files or {file.resolve() for file in part.files} - set(given)]
+    rows += [StudyInput(keyed_id("case", str(place_of(place))), (place,), None, place) for place in others]
+    lost = [part for part in found.lost if not part.files or {place_of(file) for file in part.files} - set(given)]
     return rows + [_lost_input(part, archives.origin(part.place)) for part in lost]
 
 
 def _lost_input(part: Lost, origin: Path) -> StudyInput:
-    words = (part.uid,) if part.uid else (str(origin.resolve()),)
+    words = (part.uid,) if part.uid else (str(place_of(origin)),)
     return StudyInput(keyed_id("case", *words), part.files or (part.place,), None, origin, refusal=part.error())
 
 
@@ -105,7 +106,7 @@ def _ruled_inputs(series: Sequence[SeriesFiles], spec: Spec, archives: Archives)
     studies: dict[str, list[SeriesFiles]] = {}
     for row in series:
         # Where the header names no study, the folder does: that in the archive, for the other lasts one run.
-        key = row.study_uid or str(archives.origin(row.files[0].parent).resolve())
+        key = row.study_uid or str(place_of(archives.origin(row.files[0].parent)))
         studies.setdefault(key, []).append(row)
     rows: list[StudyInput] = []
     for uid, members in studies.items():
@@ -117,8 +118,8 @@ def _ruled_inputs(series: Sequence[SeriesFiles], spec: Spec, archives: Archives)
 def _outermost(places: Iterable[Path]) -> list[Path]:
     """Return the places without those that lie in another one or are given twice."""
     kept: dict[Path, Path] = {}
-    for place in sorted(places, key=lambda place: len(place.resolve().parts)):
-        whole = place.resolve()
+    for place in sorted(places, key=lambda place: len(place_of(place).parts)):
+        whole = place_of(place)
         # A walk does not enter a folder of unpacked archives, which may lie below another input.
         aside = any(part.startswith(SCRATCH_PREFIX) for part in whole.parts)
         if whole not in kept and (aside or not set(whole.parents) & set(kept)):

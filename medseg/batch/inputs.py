@@ -14,6 +14,7 @@ from medseg.batch.names import refuse_same_names, told_apart
 from medseg.batch.study_input import StudyInput
 from medseg.errors import BatchError, MedsegError, ReadError
 from medseg.exporters import EXPORTERS
+from medseg.files import place_of
 from medseg.readers.archives import Archives, unpacked
 from medseg.readers.dicom_scan import scan
 from medseg.readers.nifti import is_nifti, stem
@@ -84,9 +85,9 @@ def find_inputs(
             places.append(path)
     found += with_origins(dicom_inputs(places, spec, archives), archives)
     found = list({(study.id, study.images): study for study in found}.values())
-    known = {path.resolve() for study in found for path in study.images}
-    named = {member_name(path, archives): path for path in images if path.resolve() not in known}
-    single = {(name.resolve(), stem(name)): name for name in named}
+    known = {place_of(path) for study in found for path in study.images}
+    named = {member_name(path, archives): path for path in images if place_of(path) not in known}
+    single = {(place_of(name), stem(name)): name for name in named}
     rows = _nifti_inputs(single.values(), spec)
     found += told_apart(rows, taken={study.id for study in found}, out=out, unpacked=named)
     found += refused_archives(archives, found)
@@ -116,8 +117,8 @@ def _is_input(path: Path, root: Path, out: Path | None, *, pictures: bool) -> bo
         return False
     if out is None:
         return True
-    place, found = out.resolve(), path.resolve()
-    return not (root.resolve() in place.parents and place in found.parents)
+    place, found = place_of(out), place_of(path)
+    return not (place_of(root) in place.parents and place in found.parents)
 
 
 def _is_dataset(path: Path) -> bool:
@@ -195,8 +196,8 @@ def _nifti_inputs(images: Iterable[Path], spec: Spec) -> list[StudyInput]:
 def _refuse_overwriting(studies: Sequence[StudyInput], out: Path | None) -> None:
     for study in studies if out is not None else ():
         # Of every format: where a study is refused, what stands there of an earlier run is removed.
-        targets = {((out or Path()) / f"{study.id}{row.suffix}").resolve() for _, row in EXPORTERS.items()}
-        if targets & {path.resolve() for path in study.images}:
+        targets = {place_of((out or Path()) / f"{study.id}{row.suffix}") for _, row in EXPORTERS.items()}
+        if targets & {place_of(path) for path in study.images}:
             raise BatchError(
                 f"the mask of {study.origin} would be written over it; choose another --out", code="OVERWRITES_INPUT"
             )

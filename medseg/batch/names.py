@@ -11,6 +11,7 @@ from pathlib import Path
 from medseg.batch.ledger import Ledger
 from medseg.batch.study_input import StudyInput
 from medseg.errors import BatchError
+from medseg.files import place_of
 from medseg.privacy import keyed_id
 
 LINKAGE = Path("private") / "linkage.csv"
@@ -58,7 +59,7 @@ def told_apart(
 
 
 def _places(study: StudyInput) -> list[str]:
-    return [str(path.resolve()) for path in study.images]
+    return [str(place_of(path)) for path in study.images]
 
 
 def _free(study: StudyInput, earlier: Mapping[str, str], out: Path | None) -> bool:

@@ -16,7 +16,7 @@ from medseg.batch.dispatch import Dispatch
 from medseg.batch.engines import Engine, Workers, started
 from medseg.batch.inputs import Choice, opened_inputs
 from medseg.batch.job import Settings, recipe
-from medseg.batch.ledger import Entry
+from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.locks import alone, present
 from medseg.batch.memory import memory_text
 from medseg.batch.names import LINKAGE, read_linkage
@@ -26,7 +26,7 @@ from medseg.batch.study_input import StudyInput
 from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
 from medseg.exporters import EXPORTERS, choose_formats
-from medseg.files import legible, sweep, write_json, write_text
+from medseg.files import legible, place_of, sweep, write_json, write_text
 from medseg.inference.chosen import usable
 from medseg.inference.presets import in_parts
 from medseg.readers.allowances import Allowance
@@ -107,7 +107,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     Raises
     ------
     ConfigError : a format does not exist.
-    BatchError : there is nothing to do, two inputs share a name, or no worker can start.
+    BatchError : there is nothing to do, two inputs share a name, no worker can start, or a run with another model or
+        other options is at work in OUT (LOCKED).
     BundleError : the model cannot be used.
     ExportError : OUT itself cannot be written (full disk); what is done stays done.
     """
@@ -119,10 +120,15 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             info = bundle.info
             made_by = recipe(info, mirror)
             settings = Settings(out, bundle.folder, info.model_dump_json(), made_by, mirror, names, max_memory)
+            kept = _of_others(out, studies, made_by)
+            chosen = [study for study in studies if shard is None or shard.holds(study.id)]
+            announce(out, [study.id for study in chosen], made_by)
             write_json(out / PROVENANCE, info.provenance(mirror))
             with alone(out, "tables"):
                 _write_linkage(out, studies)
-            studies = [study for study in studies if shard is None or shard.holds(study.id)]
+            studies = chosen
+            if kept:
+                warn(kept)
             if warning := require_room(studies, names, out):
                 warn(warning)
             if max_memory is not None:
@@ -130,7 +136,6 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
                 soft = any(EXPORTERS[name].soft for name in names)
                 aside = workers is not None
                 warn(memory_text(studies, models, max_memory, soft=soft, mirror=mirror, aside=aside))
-            announce(out, [study.id for study in studies])
             found = _do(studies, settings, engine, progress, watch)
             if tables:
                 write_summary(out, spec)
@@ -167,6 +172,19 @@ def _held(out: Path) -> Iterator[None]:
         yield
 
 
+def _of_others(out: Path, studies: Sequence[StudyInput], made_by: str) -> str:
+    """Return a warning if OUT keeps masks that other models or options made, of studies that are not given now."""
+    ledger, given = Ledger(out), {study.id for study in studies}
+    entries = [ledger.read(name) for name in ledger.studies() if name not in given]
+    count = sum(entry is not None and entry.state == "done" and entry.model_digest != made_by for entry in entries)
+    if not count:
+        return ""
+    return (
+        f"{count} masks in {out.name} were made by another model or other options, of studies that are not among these "
+        "inputs: they stay as they are (model_digest in ledger/<id>.json); choose another --out to keep results apart"
+    )
+
+
 def _do(
     studies: Sequence[StudyInput],
     settings: Settings,
@@ -190,7 +208,7 @@ def _write_linkage(out: Path, studies: Sequence[StudyInput]) -> None:
     """Write id -> path of these studies and of those of earlier runs into the same folder."""
     file = out / LINKAGE
     known = read_linkage(out)
-    known |= {study.id: legible(study.origin.resolve()) for study in studies}
+    known |= {study.id: legible(place_of(study.origin)) for study in studies}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "path"])

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from medseg.batch.ledger import IN_FLIGHT, Ledger, now
-from medseg.batch.locks import in_use
+from medseg.batch.locks import alone, in_use
 from medseg.display import clock
-from medseg.errors import ConfigError
+from medseg.errors import BatchError, ConfigError
 from medseg.files import write_json
 
 RUNS = Path("journal") / "runs"
@@ -27,8 +27,8 @@ class Status:
 
     Attributes
     ----------
-    total : studies that the runs of now found, or, when none runs, that are known.
-    done, refused, failed : of these.
+    total : studies that the runs of now found; when none runs, those of a run that was killed, and all that are known.
+    done, refused, failed : of these, by the model and the options of the run that found them.
     under_way : id -> what is being done with it.
     per_hour : studies that ended in the runs of now, an hour; None before the first.
     running : whether a run holds the folder.
@@ -74,9 +74,23 @@ class Tally:
         return Status(self._total, done, refused, failed, {}, self._fresh / hours if self._fresh else None, True)
 
 
-def announce(out: Path, studies: list[str]) -> None:
-    """Write which studies this run is about to do."""
-    write_json(out / RUNS / f"{platform.node()}-{os.getpid()}.json", {"began": now(), "studies": studies})
+def announce(out: Path, studies: list[str], recipe: str) -> None:
+    """Write which studies this run is about to do, and by what (medseg.batch.job.recipe).
+
+    Raises
+    ------
+    BatchError : LOCKED: a run with another model or other options is at work. Each would do the other's studies again,
+        and the masks of both would be left.
+    """
+    with alone(out, "runs"):
+        if any(run["recipe"] not in ("", recipe) for run in _runs(out)):
+            raise BatchError(
+                f"{out}: a run with another model or other options is at work in this folder; wait for it, or choose "
+                "another --out",
+                code="LOCKED",
+            )
+        run = {"began": now(), "studies": studies, "recipe": recipe}
+        write_json(out / RUNS / f"{platform.node()}-{os.getpid()}.json", run)
 
 
 def status(out: Path) -> Status:
@@ -88,10 +102,10 @@ def status(out: Path) -> Status:
     """
     if not (out / "journal").is_dir():
         raise ConfigError(f"{out}: no run wrote into this folder; give the --out of medseg predict")
-    ledger, running = Ledger(out), in_use(out)
-    runs = [run for run in map(_read, sorted((out / RUNS).glob("*.json"))) if run] if running else []
-    wanted = sorted({study for run in runs for study in run["studies"]}) or ledger.studies()
-    began = min((run["began"] for run in runs), default="")
+    ledger, running, runs = Ledger(out), in_use(out), _runs(out)
+    recipes = {study: run["recipe"] for run in runs for study in run["studies"]}  # of a killed run, too
+    wanted = sorted(recipes) if running and recipes else sorted({*recipes, *ledger.studies()})
+    began = min((run["began"] for run in runs), default="") if running else ""
     counts: Counter[str] = Counter()
     under_way, ended = {}, 0
     for study in wanted:
@@ -100,7 +114,7 @@ def status(out: Path) -> Status:
             under_way[study] = str(facts["state"])
             continue
         entry = ledger.read(study)
-        counts[entry.state if entry else ""] += 1
+        counts[entry.state if entry and recipes.get(study, "") in ("", entry.model_digest) else ""] += 1
         ended += bool(began) and str(facts.get("ended", "")) >= began
     hours = (datetime.now(UTC) - datetime.fromisoformat(began)).total_seconds() / 3600 if began else 0.0
     speed = ended / hours if ended and hours > 0 else None
@@ -109,15 +123,32 @@ def status(out: Path) -> Status:
 
 def describe(found: Status, out: Path) -> list[str]:
     """Return what `medseg predict --status` prints."""
+    entries = [entry for entry in map(Ledger(out).read, Ledger(out).studies()) if entry]
+    codes = Counter((entry.state, entry.code) for entry in entries if entry.state != "done")
+    recipes = Counter(_short(entry.model_digest) for entry in entries if entry.state == "done")
     lines = [found.text, *(f"  {state}: {study}" for study, state in sorted(found.under_way.items()))]
-    codes = Counter((e.state, e.code) for e in map(Ledger(out).read, Ledger(out).studies()) if e and e.state != "done")
     lines += [f"  {number} {state}: {code}" for (state, code), number in codes.most_common()]
-    return [*lines, "a run is at work" if found.running else "no run is at work"]
+    if len(recipes) > 1:
+        rows = ", ".join(f"{number} by {recipe}" for recipe, number in recipes.most_common())
+        lines.append(f"  masks of different models or options: {rows} (model_digest in ledger/<id>.json)")
+    left = found.total - found.done - found.refused - found.failed
+    if found.running:
+        return [*lines, "a run is at work"]
+    return [*lines, f"no run is at work; {left} are left: repeat the command" if left else "no run is at work"]
+
+
+def _short(recipe: str) -> str:
+    digest, sign, way = recipe.partition("+")
+    return f"{digest[:8]}{sign}{way}"
+
+
+def _runs(out: Path) -> list[dict[str, Any]]:
+    return [run for run in map(_read, sorted((out / RUNS).glob("*.json"))) if run]
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
-        return {"began": str(run["began"]), "studies": list(run["studies"])}
+        return {"began": str(run["began"]), "studies": list(run["studies"]), "recipe": str(run.get("recipe", ""))}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -43,6 +43,13 @@ def test_the_temporary_name_keeps_the_suffix_and_stays_in_the_folder(tmp_path: P
     assert seen[0].name.startswith(files.PARTIAL_PREFIX)
 
 
+def test_the_longest_name_that_is_allowed_can_be_written(tmp_path: Path) -> None:
+    name = "é" * 121 + "x.nii.gz"
+    assert len(os.fsencode(name)) == 250
+    files.write_text(tmp_path / name, "x")
+    assert names(tmp_path) == [name]
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(errno.ENOSPC, "DISK_FULL"), (errno.EDQUOT, "DISK_FULL"), (errno.EACCES, "NOT_WRITABLE")]
 )

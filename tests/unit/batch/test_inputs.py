@@ -64,6 +64,12 @@ def test_a_link_to_a_file_that_is_gone_is_a_study_and_not_forgotten(tmp_path: Pa
     assert ids(find_inputs([tmp_path], ONE)) == ["gone"]
 
 
+def test_a_link_to_itself_is_a_study_that_is_refused_and_stops_no_other(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii.gz")
+    (tmp_path / "round.nii.gz").symlink_to("round.nii.gz")
+    assert ids(find_inputs([tmp_path], ONE, out=tmp_path / "out")) == ["a", "round"]
+
+
 @pytest.mark.parametrize("out", ["tree/out", "tree/deep/er/out"])
 def test_masks_below_the_input_are_not_predicted_again(tmp_path: Path, out: str) -> None:
     touch(tmp_path / "tree" / "a.nii.gz", tmp_path / out / "a.nii.gz", tmp_path / out / "z.nii.gz")

@@ -21,7 +21,7 @@ import pytest
 from medseg.batch import study as batch
 from medseg.batch.run import BatchResult, predict
 from medseg.bundle import save_bundle
-from medseg.errors import BundleError, ExportError
+from medseg.errors import BatchError, BundleError, ExportError
 from medseg.inference.predict import Model, load_model
 from medseg.phantom.dicom import write_series
 from medseg.volume import Volume
@@ -216,6 +216,31 @@ def test_another_model_or_mirroring_does_all_again(loaded: Model, images: Path, 
     predict([images], model=other_model(loaded, tmp_path / "other"), out=out, mirror=True)
     assert attempts(out) == {"a": 3, "b": 3, "c": 3}
     assert json.loads((out / "predictions.json").read_text())["model_hash"] != first["model_hash"]
+
+
+def test_masks_of_another_model_that_stay_are_told(loaded: Model, images: Path, tmp_path: Path) -> None:
+    out, told = tmp_path / "out", list[str]()
+    predict([images], model=loaded, out=out, warn=told.append)
+    predict([images], model=loaded, out=out, mirror=True, warn=told.append)
+    predict([images / "a.nii.gz"], model=loaded, out=out, mirror=True, warn=told.append)
+    assert told == []
+    predict([images / "a.nii.gz"], model=loaded, out=out, warn=told.append)
+    assert len(told) == 1
+    assert told[0].startswith("2 masks in out were made by another model or other options")
+
+
+def test_a_run_with_other_options_is_not_joined(loaded: Model, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict([images], model=loaded, out=out)
+    before = stamps(out)
+
+    def meanwhile(*_: int) -> None:
+        with pytest.raises(BatchError, match="is at work"):
+            predict([images], model=loaded, out=out, mirror=True)
+
+    predict([images], model=loaded, out=out, progress=meanwhile)
+    assert stamps(out) == before
+    assert not json.loads((out / "predictions.json").read_text())["tta"]
 
 
 def other_model(model: Model, folder: Path) -> Path:

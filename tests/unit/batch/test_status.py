@@ -10,20 +10,20 @@ from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.locks import present
 from medseg.batch.status import Tally, announce, describe, status
 from medseg.batch.summary import PAGE, write_summary
-from medseg.errors import ConfigError
+from medseg.errors import BatchError, ConfigError
 
 
-def put(out: Path, study: str, state: str, code: str = "", **facts: object) -> None:
+def put(out: Path, study: str, state: str, code: str = "", recipe: str = "m", **facts: object) -> None:
     ledger = Ledger(out)
     ledger.attempt(study)
     ledger.end(study, facts)
-    content = {"id": study, "state": state, "code": code, "input_digest": "i", "model_digest": "m"}
+    content = {"id": study, "state": state, "code": code, "input_digest": "i", "model_digest": recipe}
     ledger.write(Entry.model_validate({**content, "volumes_ml": {"organ": 2.5} if state == "done" else {}}))
 
 
 def test_a_run_at_work(tmp_path: Path) -> None:
     with present(tmp_path):
-        announce(tmp_path, list("abcdef"))
+        announce(tmp_path, list("abcdef"), "m")
         put(tmp_path, "a", "done")
         put(tmp_path, "b", "refused", "TRUNCATED")
         put(tmp_path, "c", "failed", "POISON")
@@ -49,6 +49,37 @@ def test_a_run_that_is_over_or_was_killed(tmp_path: Path) -> None:
     assert describe(found, tmp_path)[-1] == "no run is at work"
     with pytest.raises(ConfigError, match="no run wrote"):
         status(tmp_path / "elsewhere")
+
+
+def test_a_killed_run_tells_what_is_left(tmp_path: Path) -> None:
+    put(tmp_path, "old", "done")
+    announce(tmp_path, ["a", "b", "c"], "m")
+    put(tmp_path, "a", "done")
+    found = status(tmp_path)
+    assert (found.total, found.done, found.running, found.per_hour) == (4, 2, False, None)
+    assert describe(found, tmp_path)[-1] == "no run is at work; 2 are left: repeat the command"
+
+
+def test_masks_that_another_model_made_are_not_done(tmp_path: Path) -> None:
+    with present(tmp_path):
+        announce(tmp_path, ["a", "b"], "0123456789+mirror")
+        put(tmp_path, "a", "done")
+        found = status(tmp_path)
+        assert (found.total, found.done) == (2, 0)
+        put(tmp_path, "b", "done", recipe="0123456789+mirror")
+        assert status(tmp_path).done == 1
+    told = [line for line in describe(status(tmp_path), tmp_path) if "different models" in line]
+    assert len(told) == 1
+    assert "1 by m, 1 by 01234567+mirror" in told[0]
+
+
+def test_runs_with_different_models_are_kept_apart(tmp_path: Path) -> None:
+    with present(tmp_path):
+        announce(tmp_path, ["a"], "m")
+        announce(tmp_path, ["b"], "m")
+        with pytest.raises(BatchError, match="another model or other options") as caught:
+            announce(tmp_path, ["a"], "m+mirror")
+        assert caught.value.code == "LOCKED"
 
 
 def test_what_was_settled_before_tells_nothing_about_the_speed() -> None:
