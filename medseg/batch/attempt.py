@@ -144,14 +144,18 @@ def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, l
 def commit(ledger: Ledger, entry: Entry, facts: dict[str, object], *, forgive: bool = True) -> None:
     """Write how a study ended; a study that is not done keeps no file of an earlier input or model.
 
-    With `forgive` the deaths of its workers no longer count against it.
+    A study that was done and failed to get another format stays done, as it was. With `forgive` the deaths of its
+    workers no longer count against it.
     """
+    kept = ledger.outlasting(entry)
     if entry.state != "done":
         # A mask of an earlier input or model must not pass for the result of this one.
         for suffix in (*(exporter.suffix for _, exporter in EXPORTERS.items()), IMAGE_SUFFIX):
-            (ledger.out / f"{entry.id}{suffix}").unlink(missing_ok=True)
+            if f"{entry.id}{suffix}" not in kept:
+                (ledger.out / f"{entry.id}{suffix}").unlink(missing_ok=True)
     ledger.end(entry.id, facts, forgive=forgive)
-    ledger.write(entry)
+    if not kept:
+        ledger.write(entry)
 
 
 def _reset_peak() -> None:

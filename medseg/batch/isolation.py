@@ -23,6 +23,7 @@ from medseg.batch.job import decode
 from medseg.batch.ledger import Entry
 from medseg.batch.process import Process
 from medseg.errors import BatchError, MedsegError
+from medseg.sizes import said
 
 POLL_SECONDS = 0.1
 START_SECONDS = 900.0
@@ -36,7 +37,6 @@ AHEAD = 0.125
 """Share of a worker's memory that the images of its studies may take together; a larger one is done without others."""
 UNSHARED = sys.maxsize
 """Size of a study beside which there must be no other."""
-_MIB = 1 << 20
 _STARTING = ("", "loading")
 _EARLY = (*_STARTING, "checking", "reading", "read")
 """Stages before the network has a study."""
@@ -264,7 +264,7 @@ class Child:
         begun = [flight for flight in self._flights.values() if flight.begun]
         if self._too_heavy():
             if not begun:
-                text = f"the model alone takes more than the {(self.limits.bytes or 0) // _MIB} MiB of a worker"
+                text = f"the model alone takes more than the {said(self.limits.bytes or 0)} of a worker"
                 raise BatchError(f"{text}; allow more", code="MEMORY_LIMIT")
             self.process.end()
             # Of several nobody knows who it was: each is done again alone.

@@ -98,11 +98,24 @@ class Ledger:
             return None
         if entry.state == "done" and not set(outputs) <= set(entry.outputs):
             return None
-        intact = all(
+        return entry if self._intact(entry) else None
+
+    def outlasting(self, failed: Entry) -> tuple[str, ...]:
+        """Return the files of OUT that outlast a failed attempt: they are those of the same input and model.
+
+        The attempt then was to add a format, which is no reason to lose what is there.
+        """
+        entry = self.read(failed.id)
+        if entry is None or (failed.state, entry.state) != ("failed", "done"):
+            return ()
+        same = (entry.input_digest, entry.model_digest) == (failed.input_digest, failed.model_digest)
+        return tuple(entry.outputs) if same and self._intact(entry) else ()
+
+    def _intact(self, entry: Entry) -> bool:
+        return all(
             (self.out / name).is_file() and file_digest(self.out / name) == expected
             for name, expected in entry.outputs.items()
         )
-        return entry if intact else None
 
     def attempt(self, study: str) -> int:
         """Count an attempt before it begins, and return which it is (from 1)."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 
+from medseg.batch.ledger import Ledger
 from medseg.batch.run import predict
 from medseg.errors import ExportError
 from medseg.exporters import EXPORTERS, dicom_seg
@@ -61,6 +64,36 @@ def test_both_formats_hold_the_same_mask(loaded: Model, tree: Path, tmp_path: Pa
         assert "CANARY" not in file.relative_to(out).as_posix()
         if file.is_file() and file.name not in ("linkage.csv", f"{done.id}.seg.dcm"):
             assert b"CANARY" not in file.read_bytes(), file
+
+
+def test_a_format_that_cannot_be_added_costs_no_mask(loaded: Model, tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict([tree], model=loaded, out=out)
+    masks = {file.name: file.read_bytes() for file in out.glob("*.nii.gz")}
+    states = {e.id: e.code or e.state for e in predict([tree], model=loaded, out=out, formats=["nifti,seg"]).entries}
+    assert states["c0"] == "NEEDS_DICOM"
+    assert {file.name: file.read_bytes() for file in out.glob("*.nii.gz")} == masks
+    assert Ledger(out).read("c0").state == "done"  # type: ignore[union-attr]
+    attempts = json.loads((out / "journal" / "c0.json").read_text())["attempts"]
+    assert predict([tree], model=loaded, out=out).complete
+    assert json.loads((out / "journal" / "c0.json").read_text())["attempts"] == attempts
+
+
+def test_what_is_written_before_a_format_fails_does_not_stay(
+    loaded: Model, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tree / "c0.nii.gz").unlink()
+    out = tmp_path / "out"
+    (done,) = predict([tree], model=loaded, out=out).entries
+
+    def full(*_: object) -> None:
+        raise ExportError("x: cannot be written", code="READ_BACK")
+
+    monkeypatch.setitem(EXPORTERS._rows, "sr", replace(EXPORTERS["sr"], write=full))
+    (failed,) = predict([tree], model=loaded, out=out, formats=["nifti,rtstruct,sr"]).entries
+    assert (failed.state, failed.code) == ("failed", "READ_BACK")
+    assert sorted(file.name for file in out.glob(f"{done.id}*")) == [f"{done.id}.nii.gz"]
+    assert predict([tree], model=loaded, out=out).entries == (done,)
 
 
 def test_results_below_the_input_are_no_inputs(loaded: Model, tree: Path, tmp_path: Path) -> None:
