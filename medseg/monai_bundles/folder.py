@@ -116,8 +116,9 @@ def _inferer(row: Any, dims: int) -> tuple[tuple[int, int, int], float, Any]:
     size: Any = options.get("roi_size")
     overlap, mode = options.get("overlap", 0.25), options.get("mode", "constant")
     whole = isinstance(size, list) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
-    if not whole or type(overlap) not in (int, float) or mode not in ("constant", "gaussian"):
-        raise BundleError(f"inferer: roi_size {size}, overlap {overlap}, mode {mode}: plain values are read")
+    shared = type(overlap) in (int, float) and 0 <= overlap < 1
+    if not whole or not shared or mode not in ("constant", "gaussian"):
+        raise BundleError(f"inferer: roi_size {size}, overlap {overlap} (from 0, below 1), mode {mode}: not read")
     return (size[0], size[1], size[2]), float(overlap), mode
 
 

@@ -45,7 +45,9 @@ def named(row: Any) -> tuple[str, Json]:
         raise BundleError("transforms: each one is an object with a _target_")
     if row.get("_disabled_", False) is not False:
         raise BundleError(f"transforms: {row['_target_']} has _disabled_, which is not read; take it out instead")
-    name = row["_target_"].rpartition(".")[2]
+    module, _, name = row["_target_"].rpartition(".")
+    if module and module.partition(".")[0] != "monai":  # a class of somebody's with the name of one of MONAI's
+        raise BundleError(f"transforms: {row['_target_']} is not read; classes of MONAI are")
     for ending in ("Dict", "D"):
         if name.endswith(ending):
             name = f"{name.removesuffix(ending)}d"

@@ -69,8 +69,14 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "numbers as text": (lambda c: _network(c, out_channels="3"), "numbers are needed for spatial_dims"),
     "transform": (
         lambda c: _transform(c, _target_="os.system", command="touch TRAP"),
-        "preprocessing: system is not read",
+        "os.system is not read",
     ),
+    "transform called alike": (
+        lambda c: _transform(c, _target_="trap.CastToTyped", keys="image"),
+        "trap.CastToTyped is not read; classes of MONAI are",
+    ),
+    "inferer called alike": (lambda c: c["inferer"].update(_target_="trap.SlidingWindowInferer"), "trap.Sliding"),
+    "windows that share all": (lambda c: c["inferer"].update(overlap=1.0), r"overlap 1.0 \(from 0, below 1\)"),
     "transform of MONAI": (
         lambda c: _transform(c, _target_="CropForegroundd"),
         "CropForegroundd is not read; read are",
