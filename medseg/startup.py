@@ -14,7 +14,18 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-UNUSED = ("ignite", "matplotlib", "mlflow", "pandas", "scipy.signal", "skimage", "sklearn", "tensorboard")
+UNUSED = (
+    "ignite",
+    "matplotlib",
+    "mlflow",
+    "pandas",
+    "scipy.optimize",
+    "scipy.signal",
+    "scipy.spatial",
+    "skimage",
+    "sklearn",
+    "tensorboard",
+)
 """What MONAI takes for not installed; medseg imports those of them that it needs afterwards, itself."""
 
 

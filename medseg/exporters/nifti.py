@@ -10,8 +10,8 @@ import numpy as np
 
 from medseg.errors import ExportError
 from medseg.files import write_atomically
-from medseg.readers.nifti import read_nifti
-from medseg.volume import Volume, same_grid
+from medseg.readers.nifti import holds
+from medseg.volume import Volume
 
 
 def write_nifti(path: Path, mask: Volume) -> None:
@@ -33,9 +33,10 @@ def write_nifti(path: Path, mask: Volume) -> None:
         image.header.set_xyzt_units("mm" if mask.unit == "mm" else "unknown")
         image.set_sform(mask.affine, code=1)
         image.set_qform(mask.affine if mask.orthogonal else None, code=1 if mask.orthogonal else 0)
-        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0))
-        found = read_nifti(temporary)
-        if not (same_grid(found, mask) and np.array_equal(found.array, mask.array)):
+        # A slice at a time, without the name of the file and a time.
+        with open(temporary, "wb") as file, gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as stream:
+            image.to_stream(stream)
+        if not holds(temporary, mask):
             raise ExportError(f"{path.name}: what was written reads back differently", code="READ_BACK")
 
     write_atomically(path, write)

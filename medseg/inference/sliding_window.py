@@ -215,6 +215,7 @@ def planes(
             for channel, part in zip(total, logits, strict=True):
                 channel[span] += part[(slice(None), *inside)] * weight
             seen[span] += weight
+            del logits, part  # not kept while the next window is predicted
         assert total is not None
         for plane in range(start, following):
             if plane in wanted:

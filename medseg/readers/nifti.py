@@ -16,7 +16,10 @@ from __future__ import annotations
 import gzip
 import io
 import logging
+import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,7 +31,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medseg.errors import GeometryError, ReadError
-from medseg.volume import Affine, Volume, singular
+from medseg.volume import Affine, Volume, same_grid, singular
 
 MAX_BYTES = 16 * 2**30
 """Largest voxel array that is read (16 GiB): beyond it a header is more likely damaged than true."""
@@ -65,13 +68,46 @@ def read_nifti(path: Path, *, max_bytes: int = MAX_BYTES) -> Volume:
     ReadError : UNREADABLE, TRUNCATED, CORRUPT, OVERSIZED, SIZE_MISMATCH, NOT_3D, NON_FINITE, UNSUPPORTED_TYPE.
     GeometryError : NO_ORIENTATION, FORMS_DISAGREE, BAD_AFFINE.
     """
+    with _opened(path) as stream:
+        header = _read_header(path, stream)
+        raw = _read_voxels(path, stream, header, max_bytes)
+    affine = _affine(path, header)
+    return Volume(_scaled(path, header, raw), affine, meta={"Format": "NIfTI"})
+
+
+def holds(path: Path, volume: Volume) -> bool:
+    """Tell whether a NIfTI file holds this volume (1, I, J, K) on its grid, to its last byte; raises as `read_nifti`.
+
+    The file is compared in parts of about 16 MiB.
+    """
+    with _opened(path) as stream:
+        header = _read_header(path, stream)
+        dtype, array = header.get_data_dtype(), volume.array[0]
+        if header.get_data_shape() != array.shape or header.get_slope_inter() not in ((None, None), (1.0, 0.0)):
+            return False
+        if not same_grid(Volume(volume.array, _affine(path, header)), volume):
+            return False
+        _skip_to_voxels(path, stream, header)
+        count = max(1, _CHUNK // (math.prod(array.shape[:2]) * dtype.itemsize))
+        for first in range(0, array.shape[2], count):
+            part = array[:, :, first : first + count]
+            piece = stream.read(part.size * dtype.itemsize)
+            if len(piece) != part.size * dtype.itemsize:
+                return False
+            if not np.array_equal(np.frombuffer(piece, dtype).reshape(part.shape, order="F"), part):
+                return False
+        return not stream.read(1)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, compressed or not; what goes wrong while it is read is a ReadError."""
     try:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             stream: Any = gzip.GzipFile(fileobj=file) if packed else file
-            header = _read_header(path, stream)
-            raw = _read_voxels(path, stream, header, max_bytes)
+            yield stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         truncated = isinstance(error, EOFError)
         what = "ends too early" if truncated else f"is damaged ({error})"
@@ -81,8 +117,6 @@ def read_nifti(path: Path, *, max_bytes: int = MAX_BYTES) -> Volume:
         ) from error
     except OSError as error:
         raise ReadError(f"{path.name}: cannot be read ({error.strerror or error})") from error
-    affine = _affine(path, header)
-    return Volume(_scaled(path, header, raw), affine, meta={"Format": "NIfTI"})
 
 
 def _read_header(path: Path, stream: BinaryIO) -> Nifti1Header:
@@ -121,14 +155,7 @@ def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: 
             f"more than the {max_bytes / 2**30:.1f} GiB that are read; the header is damaged or the file a trap",
             code="OVERSIZED",
         )
-    offset, size = float(header["vox_offset"]), header.template_dtype.itemsize
-    if not offset.is_integer() or offset < size:
-        raise ReadError(f"{path.name}: the header says that the voxels begin at byte {offset:g}", code="CORRUPT")
-    skip = int(offset) - size
-    while skip and (piece := stream.read(min(_CHUNK, skip))):
-        skip -= len(piece)
-    if skip:
-        raise ReadError(f"{path.name}: the file ends before its voxels begin", code="TRUNCATED")
+    _skip_to_voxels(path, stream, header)
     found, raw = _read_pieces(stream, promised)
     if found < promised:
         raise ReadError(
@@ -142,6 +169,17 @@ def _read_voxels(path: Path, stream: BinaryIO, header: Nifti1Header, max_bytes: 
             code="SIZE_MISMATCH",
         )
     return raw
+
+
+def _skip_to_voxels(path: Path, stream: BinaryIO, header: Nifti1Header) -> None:
+    offset, size = float(header["vox_offset"]), header.template_dtype.itemsize
+    if not offset.is_integer() or offset < size:
+        raise ReadError(f"{path.name}: the header says that the voxels begin at byte {offset:g}", code="CORRUPT")
+    skip = int(offset) - size
+    while skip and (piece := stream.read(min(_CHUNK, skip))):
+        skip -= len(piece)
+    if skip:
+        raise ReadError(f"{path.name}: the file ends before its voxels begin", code="TRUNCATED")
 
 
 def _read_pieces(stream: BinaryIO, promised: int) -> tuple[int, bytearray]:
@@ -171,21 +209,24 @@ def _scaled(path: Path, header: Nifti1Header, raw: bytearray) -> NDArray[Any]:
         raise ReadError(f"{path.name}: the scale factor in the header is damaged ({error})", code="CORRUPT") from error
     array = _channels_first(path, stored)
     scaled = slope is not None and (slope, inter or 0.0) != (1.0, 0.0)
-    # What overflows becomes infinite, and is counted below.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if scaled:
-            array = array.astype(np.float64) * slope + (inter or 0.0)
-        if array.dtype.kind == "f":
-            array = array.astype(np.float32)
-    if array.dtype.kind == "f":
-        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-        if bad:
-            raise ReadError(
-                f"{path.name}: {bad} of {array.size} voxels are NaN, infinite or above 3.4e38; replace them "
-                "where the image is made",
-                code="NON_FINITE",
-            )
-    return array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
+    if not scaled and dtype.kind != "f":
+        return array.astype(dtype.newbyteorder("="), order="C", copy=False)
+    found, bad = np.empty(array.shape, np.float32), 0
+    # In parts: the whole in double precision would be four times what was asked for.
+    count = max(1, _CHUNK // (8 * math.prod(array.shape[:3])))
+    for first in range(0, array.shape[3], count):
+        at = (..., slice(first, first + count))
+        # What overflows becomes infinite, and is counted.
+        with np.errstate(over="ignore", invalid="ignore"):
+            found[at] = array[at].astype(np.float64) * slope + (inter or 0.0) if scaled else array[at]
+        bad += found[at].size - int(np.count_nonzero(np.isfinite(found[at])))
+    if bad:
+        raise ReadError(
+            f"{path.name}: {bad} of {array.size} voxels are NaN, infinite or above 3.4e38; replace them "
+            "where the image is made",
+            code="NON_FINITE",
+        )
+    return found
 
 
 def _channels_first(path: Path, stored: NDArray[Any]) -> NDArray[Any]:

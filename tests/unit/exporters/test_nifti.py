@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -11,7 +12,7 @@ import pytest
 from medseg.errors import ExportError
 from medseg.exporters import nifti as module
 from medseg.exporters.nifti import write_nifti
-from medseg.readers.nifti import read_nifti
+from medseg.readers.nifti import holds, read_nifti
 from medseg.volume import Volume
 
 ROTATED = np.array([[-0.9, 0.1, 0.0, 12.0], [0.1, 0.9, 0.0, -7.0], [0.0, 0.0, 2.5, 33.0], [0, 0, 0, 1]])
@@ -69,15 +70,13 @@ def test_pictures_have_no_millimetres(tmp_path: Path) -> None:
 def test_a_file_that_reads_back_differently_is_not_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    def damaged(path: Path) -> Volume:
-        found = read_nifti(path)
-        if what == "values":
-            return found.with_array(1 - found.array)
-        moved = found.affine.copy()
-        moved[0, 3] += 1
-        return Volume(found.array, moved)
-
-    monkeypatch.setattr(module, "read_nifti", damaged)
+    written = mask()
+    other = written.array.copy()
+    other[0, 4, 5, 6] = 1 - other[0, 4, 5, 6]  # the last voxel
+    moved = written.affine.copy()
+    moved[0, 3] += 1
+    damaged = written.with_array(other) if what == "values" else Volume(written.array, moved)
+    monkeypatch.setattr(module, "holds", lambda path, _: holds(path, damaged))
     with pytest.raises(ExportError) as caught:
         write_nifti(tmp_path / "x.nii.gz", mask())
     assert caught.value.code == "READ_BACK"
@@ -89,6 +88,15 @@ def test_a_value_that_no_type_holds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError):
         write_nifti(tmp_path / "x.nii.gz", volume)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_takes_less_memory_than_the_mask(tmp_path: Path) -> None:
+    volume = Volume(np.zeros((1, 256, 256, 1024), np.uint8), ROTATED)
+    tracemalloc.start()
+    write_nifti(tmp_path / "x.nii.gz", volume)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < volume.array.nbytes
 
 
 def test_an_older_file_is_replaced(tmp_path: Path) -> None:

@@ -71,11 +71,12 @@ def whole(model: Model, image: Volume, mirror: bool) -> tuple[np.ndarray, Tensor
         logits = restore(found, steps, fill=background_logits(spec), axis=own)
         total = total + chances(logits / member.bundle.info.temperature, bool(spec.regions))
     mean = total / len(members)
-    decided = mean if model.members else logits
+    several = len(members) > 1  # one alone decides by its logits: probabilities may be equal where they are not
+    decided = mean if several else logits
     if spec.regions:
         mask = np.zeros(image.shape, np.int64)
         for row, region in zip(decided, spec.regions.values(), strict=True):
-            mask[(row > (0.5 if model.members else 0)).numpy()] = spec.foreground[region.paint]
+            mask[(row > (0.5 if several else 0)).numpy()] = spec.foreground[region.paint]
         return mask, mean
     return np.array([0, *spec.foreground.values()])[decided.argmax(0).numpy()], mean[1:]
 

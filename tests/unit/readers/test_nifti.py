@@ -16,8 +16,10 @@ from nibabel.nifti1 import Nifti1Header
 from numpy.testing import assert_array_equal
 
 from medseg.errors import GeometryError, MedsegError, ReadError
+from medseg.readers import nifti as module
 from medseg.readers import read_image
-from medseg.readers.nifti import is_nifti, read_nifti, stem
+from medseg.readers.nifti import holds, is_nifti, read_nifti, stem
+from medseg.volume import Volume
 
 # Not a rotation by 90 degrees, not isotropic, not at the origin.
 AFFINE = nibabel.affines.from_matvec(
@@ -91,6 +93,64 @@ def test_slope_and_intercept_are_applied_once(tmp_path, rng) -> None:
     volume = read_nifti(path)
     assert volume.array.dtype == np.float32
     assert_array_equal(volume.array[0], stored.get_fdata().astype(np.float32))
+
+
+@pytest.mark.parametrize("part", [1, 700, 1 << 24])
+def test_parts_of_any_size_are_scaled_alike(tmp_path, rng, monkeypatch, part) -> None:
+    path = tmp_path / "scaled.nii"
+    nibabel.save(nibabel.Nifti1Image(rng.integers(0, 1000, (4, 5, 7, 2)).astype(np.int16), ROTATED), path)
+    patch(path, 112, struct.pack("<ff", 0.3, -7.0))
+    monkeypatch.setattr(module, "_CHUNK", part)
+    wanted = nibabel.load(path).get_fdata().astype(np.float32)
+    assert_array_equal(read_nifti(path).array, np.moveaxis(wanted, 3, 0))
+
+
+def test_scaling_takes_no_more_than_what_is_stored_and_what_is_asked_for(tmp_path) -> None:
+    path = save(tmp_path / "a.nii", np.ones((256, 256, 256), np.int16))
+    patch(path, 112, struct.pack("<ff", 0.5, 0.0))
+    tracemalloc.start()
+    read_nifti(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < (2 + 4 + 3) * 256**3
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("part", [1, 100, 1 << 24])
+def test_a_file_holds_one_volume_only(tmp_path, rng, monkeypatch, suffix, part) -> None:
+    array = rng.integers(0, 50, (6, 5, 7)).astype(np.int16)
+    path = save(tmp_path / f"a{suffix}", array)
+    monkeypatch.setattr(module, "_CHUNK", part)
+    volume = Volume(array[None], ROTATED)
+    assert holds(path, volume)
+    assert holds(path, Volume(array[None].astype(np.int32), ROTATED))
+    for place in np.ndindex(2, 2, 2):
+        other = array.copy()
+        other[tuple(-at for at in place)] += 1
+        assert not holds(path, Volume(other[None], ROTATED))
+    assert not holds(path, Volume(array[None, :, :, :-1], ROTATED))
+    assert not holds(path, Volume(array[None], ROTATED + np.eye(4, k=3)))
+    data = gzip.decompress(path.read_bytes()) if suffix == ".nii.gz" else path.read_bytes()
+    longer, shorter = tmp_path / f"longer{suffix}", tmp_path / f"shorter{suffix}"
+    pack = gzip.compress if suffix == ".nii.gz" else bytes
+    longer.write_bytes(pack(data + b"\0"))
+    shorter.write_bytes(pack(data[:-1]))
+    assert not holds(longer, volume)
+    assert not holds(shorter, volume)
+
+
+def test_what_is_scaled_or_damaged_is_not_what_was_written(tmp_path, rng) -> None:
+    array = rng.integers(0, 50, (6, 5, 7)).astype(np.int16)
+    volume = Volume(array[None], ROTATED)
+    path = save(tmp_path / "a.nii", array)
+    patch(path, 112, struct.pack("<ff", 2.0, 0.0))
+    assert not holds(path, volume)
+    packed = save(tmp_path / "b.nii.gz", array)
+    damaged = bytearray(packed.read_bytes())
+    damaged[-6] ^= 1  # the CRC of gzip
+    packed.write_bytes(damaged)
+    with pytest.raises(ReadError, match="damaged"):
+        holds(packed, volume)
 
 
 @pytest.mark.parametrize("slope", [0.0, 1.0, np.nan])
