@@ -173,7 +173,7 @@ def terms(case: Case, where: Layout, lines: Lines, tiles: tuple[int, int], netwo
     at_once = math.ceil(max(1, lines[0].after / lines[0].before))
     block = min(classes * plane, max(BLOCK, plane))
     chances = classes if case.plan.monai is not None and case.plan.monai.softmax else 0
-    window, answers = math.prod(where.deep), 2 + WATCHED * case.quality
+    window, answers = math.prod(where.deep), 3 + WATCHED * case.quality
     mixing = min(PAIRS, fine * classes) * 160 if any(line.mixes for line in lines) else 0
     return Need(
         held=0,

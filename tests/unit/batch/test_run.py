@@ -382,16 +382,15 @@ def test_a_full_disk_names_the_case_and_leaves_nothing_half_written(
     loaded: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    real, count = Path.write_bytes, iter(range(10))
+    real, count = nibabel.Nifti1Image.to_stream, iter(range(10))
 
-    def write(path: Path, data: bytes) -> int:
-        if path.name.endswith(".nii.gz") and next(count) == 1:
-            real(path, data[:50])
+    def write(image: nibabel.Nifti1Image, stream: Any) -> None:
+        real(image, stream)
+        if next(count) == 1:
             full()
-        return real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", write)
+        patch.setattr(nibabel.Nifti1Image, "to_stream", write)
         result = predict([images], model=loaded, out=out)
     (failed,) = result.select("failed")
     assert (failed.id, failed.code) == ("b", "DISK_FULL")
