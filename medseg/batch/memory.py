@@ -11,14 +11,17 @@ import numpy as np
 from medseg.batch.disk import input_bytes
 from medseg.batch.foretell import Asked, foretold, foretold_aside
 from medseg.batch.study_input import StudyInput
-from medseg.errors import BundleError
+from medseg.errors import BundleError, GeometryError
+from medseg.readers.dicom_geometry import series_stack
+from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.nifti import is_nifti
+from medseg.volume import Affine
 
 if TYPE_CHECKING:
     from medseg.bundle import BundleInfo
-    from medseg.volume import Affine
 
-Shape = tuple[int, int, int]
+Grid = tuple[tuple[int, int, int], Affine, int]
+"""Size, affine and bytes a voxel of an image."""
 UNPACKED = 40
 """Bytes of float32 a byte of a compressed picture becomes, rather too many."""
 
@@ -44,7 +47,7 @@ def memory_text(
     grids = [grid for grid in map(_grid, studies) if grid is not None]
     if not grids:
         return "memory: not known before the images are read"
-    asked = Asked(*max(grids, key=lambda grid: math.prod(grid[0])), models, limit, soft=soft, mirror=mirror)
+    asked = Asked(*max(grids, key=lambda grid: _weight(grid, models)), models, limit, soft=soft, mirror=mirror)
     try:
         return f"memory: {foretold_aside(asked) if aside else foretold(asked)}"
     except BundleError as error:  # nobody needs the estimate so much that the run should not begin
@@ -66,18 +69,37 @@ def image_bytes(study: StudyInput) -> int:
     return UNPACKED * input_bytes(study)
 
 
-def _grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:
+def _weight(grid: Grid, models: Sequence[BundleInfo]) -> float:
+    """Return about how many bytes a channel takes as it is and on the networks' grids.
+
+    Of two images with as many voxels, that with the larger voxels takes more.
+    """
+    shape, affine, itemsize = grid
+    voxels = math.prod(shape)
+    space = voxels * abs(float(np.linalg.det(affine[:3, :3])))
+    plans = [model.plan for model in models if model.plan.monai is None or model.plan.monai.resample]
+    return voxels * itemsize + 4 * max((space / math.prod(plan.spacing) for plan in plans), default=0.0)
+
+
+def _grid(study: StudyInput) -> Grid | None:
     """Return size, affine and bytes a voxel of a study by its headers; None where these do not say it."""
     if study.series is not None and study.series.headers:
-        header, count = study.series.headers[0], len(study.series.headers)
-        rows, columns = header.spacing or (1.0, 1.0)
-        return (header.columns, header.rows, count), np.diag([columns, rows, 1.0, 1.0]), 4
+        return _dicom_grid(study.series)
     if study.refusal is None and study.images and is_nifti(study.images[0]):
         return _nifti_grid(study)
     return None
 
 
-def _nifti_grid(study: StudyInput) -> tuple[Shape, Affine, int] | None:
+def _dicom_grid(series: SeriesFiles) -> Grid | None:
+    headers = list({header.key: header for header in series.headers}.values())
+    try:
+        stack = series_stack(headers)
+    except GeometryError:  # whoever reads the study says it
+        return None
+    return (headers[0].columns, headers[0].rows, len(headers)), stack.affine, 4
+
+
+def _nifti_grid(study: StudyInput) -> Grid | None:
     import nibabel
 
     try:

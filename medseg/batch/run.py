@@ -21,7 +21,7 @@ from medseg.batch.locks import alone, present
 from medseg.batch.memory import memory_text
 from medseg.batch.names import LINKAGE, read_linkage
 from medseg.batch.shards import Shard
-from medseg.batch.status import RUNS, Status, Tally, announce
+from medseg.batch.status import Status, Tally, announce, finish_run, forget_runs
 from medseg.batch.study_input import StudyInput
 from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
@@ -139,6 +139,7 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
             found = _do(studies, settings, engine, progress, watch)
             if tables:
                 write_summary(out, spec)
+            finish_run(out)
             return BatchResult(out, found, {study.id: study.origin for study in studies})
 
 
@@ -161,14 +162,15 @@ def _engine(model: Path | Bundle | Model, workers: Workers | None) -> Iterator[t
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     """Hold OUT together with others; whoever is alone in it removes what killed processes left half written."""
+    begun = False
 
     def clean() -> None:
         for folder in (out, out / "ledger", out / "journal", out / "private"):
             sweep(folder, deep=False)
-        for file in (out / RUNS).glob("*.json"):
-            file.unlink(missing_ok=True)
+        forget_runs(out, unfinished=not begun)  # one that was killed or stopped still tells what is left
 
     with present(out, sweep=clean):
+        begun = True
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ from medseg.errors import BatchError, ConfigError
 from medseg.files import write_json
 
 RUNS = Path("journal") / "runs"
+FINISHED = ".done.json"
+"""Ending of the file of a run that came to its end."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,26 @@ def announce(out: Path, studies: list[str], recipe: str) -> None:
                 code="LOCKED",
             )
         run = {"began": now(), "studies": studies, "recipe": recipe}
-        write_json(out / RUNS / f"{platform.node()}-{os.getpid()}.json", run)
+        write_json(_file_of_this_run(out), run)
+
+
+def finish_run(out: Path) -> None:
+    """Note that this run came to its end; it counts for `status` as long as others are at work."""
+    file = _file_of_this_run(out)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(file, file.with_suffix(FINISHED))
+
+
+def forget_runs(out: Path, *, unfinished: bool) -> None:
+    """Remove what runs wrote of themselves; unless `unfinished`, nothing if one of them did not come to its end."""
+    files = list((out / RUNS).glob("*.json"))
+    if unfinished or all(file.name.endswith(FINISHED) for file in files):
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _file_of_this_run(out: Path) -> Path:
+    return out / RUNS / f"{platform.node()}-{os.getpid()}.json"
 
 
 def status(out: Path) -> Status:

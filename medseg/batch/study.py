@@ -35,7 +35,7 @@ from medseg.studies import read_channels
 from medseg.volume import Volume
 
 NO_MEMORY = (
-    ("MEMORY", "there is too little memory for it; use a machine with more"),
+    ("MEMORY", "there is too little memory for it; use a machine with more (or are its voxels far too large?)"),
     ("GPU_MEMORY", "the GPU has too little memory for one window of this model; use a larger one, or none"),
 )
 SMALLER_BATCHES = "SMALLER_BATCHES"

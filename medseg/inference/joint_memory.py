@@ -69,7 +69,7 @@ def forecast_joint(
         if limit is None or need.total <= limit:
             return need
     assert best is not None
-    return require(best, first.shape, limit)
+    return require(best, first, limit)
 
 
 def image_key(plan: Plan) -> str:

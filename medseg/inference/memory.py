@@ -131,16 +131,18 @@ def forecast(case: Case, *, networks: int = 1, held: int | None = None, limit: i
         best = min(best, cut, key=lambda each: each.total)
         if cut.total <= limit:
             return cut
-    return require(best, case.shape, limit)
+    return require(best, case, limit)
 
 
-def require(need: Need, shape: tuple[int, int, int], limit: int | None) -> Need:
+def require(need: Need, case: Case, limit: int | None) -> Need:
     """Return what is needed; raise BatchError (MAX_MEMORY) if that is more than what is allowed."""
     if limit is None or need.total <= limit:
         return need
+    there = "×".join(map(str, target_size(case.shape, case.affine, case.plan).after))
     raise BatchError(
-        f"the prediction of an image of {shape} takes at least {need.text}; --max-memory allows {said(limit)}: "
-        "allow more",
+        f"the prediction of an image of {'×'.join(map(str, case.shape))} voxels ({there} for the network) takes at "
+        f"least {need.text}; --max-memory allows {said(limit)}: allow more, or correct the size of its voxels if it is "
+        "wrong",
         code="MAX_MEMORY",
     )
 

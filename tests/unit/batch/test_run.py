@@ -20,6 +20,7 @@ import pytest
 
 from medseg.batch import study as batch
 from medseg.batch.run import BatchResult, predict
+from medseg.batch.status import status
 from medseg.bundle import save_bundle
 from medseg.errors import BatchError, BundleError, ExportError
 from medseg.inference.predict import Model, load_model
@@ -227,6 +228,20 @@ def test_masks_of_another_model_that_stay_are_told(loaded: Model, images: Path, 
     predict([images / "a.nii.gz"], model=loaded, out=out, warn=told.append)
     assert len(told) == 1
     assert told[0].startswith("2 masks in out were made by another model or other options")
+
+
+def test_a_run_that_stops_says_what_is_left(loaded: Model, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stop(done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict([images], model=loaded, out=out, progress=stop)
+    assert (status(out).done, status(out).total) == (2, 3)
+    predict([images / "a.nii.gz"], model=loaded, out=out)
+    assert (status(out).done, status(out).total) == (2, 2)
 
 
 def test_a_run_with_other_options_is_not_joined(loaded: Model, images: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.locks import present
-from medseg.batch.status import Tally, announce, describe, status
+from medseg.batch.status import Tally, announce, describe, finish_run, forget_runs, status
 from medseg.batch.summary import PAGE, write_summary
 from medseg.errors import BatchError, ConfigError
 
@@ -58,6 +58,21 @@ def test_a_killed_run_tells_what_is_left(tmp_path: Path) -> None:
     found = status(tmp_path)
     assert (found.total, found.done, found.running, found.per_hour) == (4, 2, False, None)
     assert describe(found, tmp_path)[-1] == "no run is at work; 2 are left: repeat the command"
+
+
+def test_a_run_that_stopped_early_is_remembered_until_the_next(tmp_path: Path) -> None:
+    announce(tmp_path, ["a", "b"], "m")
+    forget_runs(tmp_path, unfinished=False)
+    put(tmp_path, "a", "done")
+    assert status(tmp_path).total == 2
+    finish_run(tmp_path)
+    assert status(tmp_path).total == 2
+    forget_runs(tmp_path, unfinished=False)
+    assert status(tmp_path).total == 1
+    announce(tmp_path, ["a", "b"], "m")
+    forget_runs(tmp_path, unfinished=True)
+    finish_run(tmp_path)
+    assert status(tmp_path).total == 1
 
 
 def test_masks_that_another_model_made_are_not_done(tmp_path: Path) -> None:

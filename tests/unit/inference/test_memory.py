@@ -18,6 +18,7 @@ from medseg.inference import predict as module
 from medseg.inference.memory import Case, _Live, forecast, tiles_of
 from medseg.inference.predict import Model, predict_volume
 from medseg.preparation.interpolate import linear_line
+from medseg.readers.dicom_series import read_series
 from medseg.volume import Volume
 
 Make = Callable[..., Any]
@@ -110,9 +111,29 @@ def test_a_run_is_told_before_it_begins(tmp_path: Any, case: Callable[..., Case]
     assert "allows 1.0 KiB" in memory_text([study], [info], 1024)
     assert "the largest image (30×20×10) needs about" in memory_text([study], [info, info], 1 << 40, soft=True)
     assert "allows 1.0 KiB" in memory_text([study], [info, info], 1024)
+    tiny.save(tmp_path / "large.nii.gz", np.zeros((20, 20, 10), np.int16), np.diag([9.0, 9.0, 9.0, 1.0]))
+    large = SimpleNamespace(series=None, refusal=None, images=(tmp_path / "large.nii.gz",))
+    assert "the largest image (20×20×10) needs about" in memory_text([study, large], [info], 1 << 40)
     assert "not known" in memory_text(
         [SimpleNamespace(series=None, refusal=None, images=(tmp_path / "b.mha",))], [info], 9
     )
+
+
+def test_a_series_is_weighed_with_its_slices_apart(
+    tmp_path: Any, case: Callable[..., Case], dicom_result: Callable[..., Any]
+) -> None:
+    series = dicom_result(tmp_path).series
+    found = case()
+    info = SimpleNamespace(
+        plan=found.plan, spec=found.spec, preset="exact", weights={"a": ""}, members=(), quality=None
+    )
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medseg.batch.memory.foretold", lambda question: asked.append(question) or "")
+        memory_text([SimpleNamespace(series=series, refusal=None, images=())], [info], 9)
+    image = read_series(series)
+    assert asked[0].shape == image.shape
+    assert np.allclose(asked[0].affine, image.affine)
 
 
 def test_the_formula_holds_in_a_real_process(case: Callable[..., Case], measured: Callable[..., Any]) -> None:
