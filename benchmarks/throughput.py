@@ -63,6 +63,9 @@ def make_crops(data: Path, folder: Path, count: int) -> None:
 
 def stages(model: Path, images: Path, out: Path) -> dict[str, float]:
     """Do all studies in this process, stage by stage; return the seconds of each stage, all studies summed."""
+    from medseg.startup import quick_start
+
+    quick_start()  # as the command does
     from medseg.batch.study import read_study, volumes
     from medseg.batch.study_input import StudyInput
     from medseg.exporters.nifti import write_nifti

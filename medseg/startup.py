@@ -1,4 +1,4 @@
-"""A quicker start for processes of medseg's own: MONAI without the libraries that only other parts of it use.
+"""What processes of medseg's own do before they import torch and MONAI: a quicker start, and large pages.
 
 `import monai` imports whatever is installed of some twenty optional libraries, for experiment tracking, plots and
 tables among others; that takes longer than the rest of MONAI (benchmarks/startup.py). MONAI works without each of
@@ -7,6 +7,7 @@ them. A program that imports medseg gets MONAI as it is: it may use those parts 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,8 +30,16 @@ UNUSED = (
 """What MONAI takes for not installed; medseg imports those of them that it needs afterwards, itself."""
 
 
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Torch asks Linux for pages of 2 MiB for its large tensors where this is 1: see decision 0022."""
+
+
 def quick_start() -> None:
-    """Let the first `import monai` of this process leave out what is `UNUSED`; nothing is imported by this call."""
+    """Let the first `import monai` of this process leave out what is `UNUSED`; nothing is imported by this call.
+
+    Tensors lie on large pages, in this process and those that it starts, unless the environment says otherwise.
+    """
+    os.environ.setdefault(LARGE_PAGES, "1")
     if "monai" not in sys.modules and not any(isinstance(finder, _MonaiFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _MonaiFinder())
 

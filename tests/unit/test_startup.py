@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from medseg.startup import LARGE_PAGES, quick_start
 
 PROGRAM = """
 import json, sys
@@ -66,3 +69,40 @@ def test_the_program_starts_so(tmp_path: Path, tiny_dataset: Builder, tiny_plan:
 def test_the_library_does_not_change_monai_for_others() -> None:
     code = "import medseg.inference.predict, monai, sys; assert 'mlflow' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0"), ("1", "1")])
+def test_large_pages_are_asked_for_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setenv(LARGE_PAGES, "x")  # so that it is put back
+    monkeypatch.delenv(LARGE_PAGES)
+    if before is not None:
+        monkeypatch.setenv(LARGE_PAGES, before)
+    quick_start()
+    assert os.environ[LARGE_PAGES] == after
+
+
+LARGE = """
+import sys
+from pathlib import Path
+from medseg.startup import quick_start
+if sys.argv[1] == "program":
+    quick_start()
+import torch
+x = torch.zeros(64 << 20, dtype=torch.uint8)
+rows = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if ":" in line]
+print(next(int(row[1]) for row in rows if row[0] == "AnonHugePages:"))
+"""
+
+
+def test_tensors_lie_on_large_pages() -> None:
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not offered.exists() or "[madvise]" not in offered.read_text():
+        pytest.skip("this kernel gives large pages to all or to nobody")
+    kilobytes = {
+        who: int(subprocess.run([sys.executable, "-c", LARGE, who], check=True, capture_output=True, text=True).stdout)
+        for who in ("program", "library")
+    }
+    assert kilobytes["library"] < 30 << 10 <= kilobytes["program"]
