@@ -213,7 +213,7 @@ def train(  # noqa: PLR0913 - one parameter an option
 @app.command()
 def predict(  # noqa: PLR0913 - one parameter an option
     inputs: Annotated[list[str], typer.Argument(help="Files, trees of studies, archives, datasets, dicomweb://.")],
-    model: Annotated[str, typer.Option(help="Run folder, bundle, or models:/NAME@ALIAS.")],
+    model: Annotated[str, typer.Option(help="Run folder, bundle, folder of nnU-Net or MONAI, models:/NAME@ALIAS.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks; a repeated command does only what is missing.")],
     mirror: Annotated[bool | None, typer.Option(help="Average over mirrored inputs (default: as planned).")] = None,
     quality: Preset = Quality.EXACT,

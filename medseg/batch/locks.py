@@ -48,12 +48,20 @@ def present(out: Path, *, sweep: Callable[[], None] = lambda: None) -> Iterator[
 
 
 def in_use(out: Path) -> bool:
-    """Tell whether a run holds OUT now."""
-    if not (out / FOLDER / "run").exists():
+    """Tell whether a run holds OUT now; also to somebody who may only read it (not on NFS, which then says no)."""
+    file = out / FOLDER / "run"
+    if not file.exists():
         return False
-    handle = os.open(out / FOLDER / "run", os.O_RDWR)
+    try:
+        handle = os.open(file, os.O_RDWR)
+    except OSError:
+        handle = os.open(file, os.O_RDONLY)
     try:
         return not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EBADF:  # NFS gives no such lock of a file that is only read
+            return False
+        raise
     finally:
         os.close(handle)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,24 @@ def test_masks_that_another_model_made_are_not_done(tmp_path: Path) -> None:
     told = [line for line in describe(status(tmp_path), tmp_path) if "different models" in line]
     assert len(told) == 1
     assert "1 by m, 1 by 01234567+mirror" in told[0]
+
+
+def test_who_may_only_read_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the mode of the file: root may write whatever it says."""
+    opened = os.open
+
+    def reading(path: str, flags: int, *rest: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *rest)
+
+    with present(tmp_path):
+        announce(tmp_path, ["a"], "m")
+        with monkeypatch.context() as patch:
+            patch.setattr("medseg.batch.locks.os.open", reading)
+            assert status(tmp_path).running
+    monkeypatch.setattr("medseg.batch.locks.os.open", reading)
+    assert not status(tmp_path).running
 
 
 def test_runs_with_different_models_are_kept_apart(tmp_path: Path) -> None:
