@@ -36,7 +36,7 @@ from medseg.volume import Affine
 LIBRARIES = 340 << 20
 """Bytes of a worker before it reads anything: Python, torch and the readers."""
 FLOAT = 4
-WATCHED = 4
+WATCHED = 5
 """Answers to a window that are held beside the usual ones where quality is estimated (medseg.quality.witness)."""
 JUDGED = 8
 """Bytes a voxel of what is looked at in the finished mask for it (medseg.quality.shape)."""
