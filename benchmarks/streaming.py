@@ -17,6 +17,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def processor_seconds() -> float:
 def watched(command: list[str], environment: dict[str, str]) -> tuple[int, float, float]:
     """Run a command; return its exit code, seconds, and GiB of its process tree at the peak."""
     began, peak = time.monotonic(), 0
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    # Not a pipe: nobody reads it before the end, and progress bars of a thousand cases fill it.
+    errors = tempfile.TemporaryFile()  # noqa: SIM115
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
     root = psutil.Process(process.pid)
     while process.poll() is None:
         total = 0
@@ -95,8 +98,10 @@ def watched(command: list[str], environment: dict[str, str]) -> tuple[int, float
                 continue
         peak = max(peak, total)
         time.sleep(0.05)
-    if process.returncode and process.stderr is not None:
-        print(process.stderr.read().decode(errors="replace")[-600:], file=sys.stderr)
+    if process.returncode:
+        errors.seek(0)
+        print(errors.read().decode(errors="replace")[-600:], file=sys.stderr)
+    errors.close()
     return process.returncode, time.monotonic() - began, peak / 2**30
 
 
