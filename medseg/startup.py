@@ -16,12 +16,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 UNUSED = (
+    "bs4",
     "ignite",
     "matplotlib",
     "mlflow",
     "pandas",
     "scipy.optimize",
     "scipy.signal",
+    "scipy.sparse",
     "scipy.spatial",
     "skimage",
     "sklearn",
