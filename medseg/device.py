@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import platform
@@ -70,6 +72,16 @@ def freed(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def resident() -> int:
+    """Return the bytes that this process holds now, without what it has given up already."""
+    import psutil
+
+    # glibc keeps freed memory for later; other C libraries have no such function.
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
 
 
 class Stopwatch:

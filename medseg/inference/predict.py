@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
-from medseg.device import best_device
+from medseg.device import best_device, resident
 from medseg.errors import BundleError
 from medseg.inference.air import air_limits, skipping_air
 from medseg.inference.chosen import judged, usable
@@ -316,13 +316,6 @@ def case_of(model: Model, image: Volume, *, quality: bool = False) -> Case:
     """Return what the memory of a prediction depends on; `quality`: whether that is estimated, too."""
     info = model.bundle.info
     return Case(image.shape, image.affine, image.array.itemsize, info.plan, info.spec, model.preset, quality)
-
-
-def resident() -> int:
-    """Return the bytes that this process holds now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 def _prepared(

@@ -18,6 +18,8 @@ DEEP = 32
 """Levels of references and nested values; more are a loop or a trap."""
 MANY = 100_000
 """Values after references were followed; they can double at every level."""
+LARGEST = 1 << 14
+"""Of a number in the arguments of a network: channels, blocks, sides of windows."""
 
 
 def config_file(folder: Path) -> Path | None:
@@ -73,7 +75,10 @@ def _replaced(config: Mapping[str, Any], value: Any, depth: int, counter: Iterat
 
 
 def plain(value: Any, where: str) -> Any:
-    """Return a value that holds neither expressions nor things to be built; raise BundleError naming `where`."""
+    """Return a value that holds neither expressions nor things to be built; raise BundleError naming `where`.
+
+    Nor numbers above LARGEST: a network of that many blocks is built until the memory is full.
+    """
     if isinstance(value, dict):
         if "_target_" in value:
             raise BundleError(f"{where}: it builds {value['_target_']}, and only plain values are read here")
@@ -82,4 +87,6 @@ def plain(value: Any, where: str) -> Any:
         return [plain(item, where) for item in value]
     if isinstance(value, str) and value.startswith(("$", "%")):
         raise BundleError(f"{where}: {value!r} is code, which is not run; write the value itself into the config")
+    if isinstance(value, int | float) and abs(value) > LARGEST:
+        raise BundleError(f"{where}: {value} is more than any size of a network ({LARGEST})")
     return value

@@ -11,6 +11,7 @@ from medseg.planning.plan import Normalise
 
 NOTHING = ("LoadImaged", "EnsureChannelFirstd", "EnsureTyped", "CastToTyped", "ToTensord", "DeleteItemsd", "ToDeviced")
 """They change no value and no place here: medseg reads the image."""
+PRECISE = ("float32", "float64", "float", "double")
 FAR = 3.0e38
 """Beyond every value: nothing is clipped."""
 AS_IT_IS = Normalise(scheme="none")
@@ -32,11 +33,19 @@ def read_preparation(transforms: list[Json], *, channels: int) -> Preparation:
     for row in transforms:
         name, options = named(row)
         if name in NOTHING:
+            _require_fractions(name, options.get("dtype"))
             continue
         if name not in _READ:
             raise BundleError(f"preprocessing: {name} is not read; read are {', '.join((*NOTHING, *_READ))}")
         found = _READ[name](found, _Options(name, options), channels)
     return found
+
+
+def _require_fractions(name: str, dtype: Any) -> None:
+    """Raise BundleError where a transform rounds: to integers, or to few digits."""
+    for each in dtype if isinstance(dtype, list) else [dtype]:
+        if each is not None and str(each).rpartition(".")[2] not in PRECISE:
+            raise BundleError(f"{name}: dtype={each!r} is not read; {', '.join(PRECISE)} are")
 
 
 def named(row: Any) -> tuple[str, Json]:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from medseg.batch.room import on_disk
+from medseg.device import resident
 from medseg.inference import memory
 from medseg.inference.joint_memory import forecast_joint
 from medseg.inference.memory import Case, Need, forecast
-from medseg.inference.predict import Model, case_of, in_memory, notes_for, predict_soft, predict_volume, resident
+from medseg.inference.predict import Model, case_of, in_memory, notes_for, predict_soft, predict_volume
 from medseg.planning.plan import Plan
 from medseg.spec import Spec
 from medseg.volume import Volume

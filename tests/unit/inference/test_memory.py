@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from medseg.batch.memory import memory_text
+from medseg.device import resident
 from medseg.errors import BatchError
 from medseg.inference import predict as module
 from medseg.inference.memory import Case, _Live, forecast, tiles_of
@@ -145,3 +146,12 @@ def test_the_formula_holds_in_a_real_process(case: Callable[..., Case], measured
     for run in runs:
         assert run["peak"] <= run["need"] * 1.02
         assert run["need"] < 1.5 * run["peak"], "it is no empty promise"
+
+
+def test_what_was_freed_does_not_count_as_held() -> None:
+    """Pieces too small to go back to the system by themselves, below one that stays."""
+    pieces = [bytearray(b"x") * (100 << 10) for _ in range(2000)]
+    last, full = pieces.pop(), resident()
+    pieces.clear()
+    assert full - resident() > 150 << 20
+    assert len(last) == 100 << 10

@@ -65,6 +65,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "argument unknown": (lambda c: _network(c, trap=1), "UNet of this MONAI has no trap"),
     "argument impossible": (lambda c: _network(c, kernel_size=[3, 3]), "UNet with these arguments"),
+    "argument without end": (lambda c: _network(c, num_res_units=10**9), "1000000000 is more than any size"),
     "another network": (lambda c: _network(c, channels=[4, 8, 32]), "size mismatch"),
     "numbers as text": (lambda c: _network(c, out_channels="3"), "numbers are needed for spatial_dims"),
     "transform": (
@@ -74,6 +75,11 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "transform called alike": (
         lambda c: _transform(c, _target_="trap.CastToTyped", keys="image"),
         "trap.CastToTyped is not read; classes of MONAI are",
+    ),
+    "integers": (lambda c: _transform(c, _target_="CastToTyped", dtype="$torch.int16"), "int16' is not read; float32"),
+    "integers of one": (
+        lambda c: _transform(c, _target_="EnsureTyped", dtype=["torch.float32", "uint8"]),
+        "'uint8' is",
     ),
     "inferer called alike": (lambda c: c["inferer"].update(_target_="trap.SlidingWindowInferer"), "trap.Sliding"),
     "windows that share all": (lambda c: c["inferer"].update(overlap=1.0), r"overlap 1.0 \(from 0, below 1\)"),
