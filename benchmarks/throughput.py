@@ -19,6 +19,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -122,13 +123,13 @@ def body(data: Path, work: Path, count: int, size: tuple[int, ...]) -> None:
     print(markdown(head, [[count, *row, f"{total:.1f} s", f"{seconds:.1f} s", ratio]]))
 
 
-def crops(data: Path, work: Path, count: int, peers: Path | None) -> None:
+def crops(data: Path, work: Path, count: int, peers: Path | None, numbers: Sequence[int]) -> None:
     model, images = data / "nnunet_models" / HIPPOCAMPUS, work / f"crops_{count}"
     make_crops(data, images, count)
     rows, results = [], data.resolve() / "nnunet_models"
     seconds = predicted(images, model, work / "crop_masks")
     rows.append(["medseg predict --workers 1", f"{seconds:.1f} s", f"{60 * count / seconds:.0f}", ""])
-    for processes in (0, 1) if peers is not None else ():
+    for processes in numbers if peers is not None else ():
         out = work / f"nnunet{processes}"
         shutil.rmtree(out, ignore_errors=True)
         options = "-d 4 -c 3d_fullres -p smallPlans -f 0 1 -step_size 0.5 --disable_tta -device cpu"
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="bin folder of an environment with nnunetv2")
     parser.add_argument("--studies", type=int, default=40)
     parser.add_argument("--crops", type=int, default=1000)
+    parser.add_argument("--processes", type=int, nargs="+", default=[0, 1], help="of nnU-Net's -npp and -nps")
     parser.add_argument("--only", choices=("body", "crops"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--stages", nargs=4, type=Path, help=argparse.SUPPRESS)
@@ -175,7 +177,7 @@ def main() -> None:
     if arguments.only != "crops":
         body(arguments.data, arguments.work, arguments.studies, QUICK_SIZE if arguments.quick else SIZE)
     if arguments.only != "body":
-        crops(arguments.data, arguments.work, arguments.crops, arguments.peers)
+        crops(arguments.data, arguments.work, arguments.crops, arguments.peers, arguments.processes)
 
 
 if __name__ == "__main__":
