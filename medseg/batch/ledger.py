@@ -103,12 +103,13 @@ class Ledger:
     def outlasting(self, failed: Entry) -> tuple[str, ...]:
         """Return the files of OUT that outlast a failed attempt: they are those of the same input and model.
 
-        The attempt then was to add a format, which is no reason to lose what is there.
+        The attempt then was to add a format, which is no reason to lose what is there. Nor is one that ended before it
+        had read the input, whose digest is then not known.
         """
         entry = self.read(failed.id)
         if entry is None or (failed.state, entry.state) != ("failed", "done"):
             return ()
-        same = (entry.input_digest, entry.model_digest) == (failed.input_digest, failed.model_digest)
+        same = failed.input_digest in ("", entry.input_digest) and failed.model_digest == entry.model_digest
         return tuple(entry.outputs) if same and self._intact(entry) else ()
 
     def _intact(self, entry: Entry) -> bool:

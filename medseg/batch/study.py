@@ -156,10 +156,11 @@ def _write(placed: Placed, formats: Sequence[str], out: Path, study: str) -> tup
         notes |= dict.fromkeys(EXPORTERS[name].write(file, result))
         outputs[file.name] = file_digest(file)
     image = out / f"{study}{IMAGE_SUFFIX}"
-    image.unlink(missing_ok=True)
     if placed.image is not None and "nifti" in formats:
         write_nifti(image, placed.image)
         outputs[image.name] = file_digest(image)
+    else:
+        image.unlink(missing_ok=True)
     return outputs, tuple(notes)
 
 

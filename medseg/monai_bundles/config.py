@@ -18,7 +18,7 @@ DEEP = 32
 """Levels of references and nested values; more are a loop or a trap."""
 MANY = 100_000
 """Values after references were followed; they can double at every level."""
-LARGEST = 1 << 14
+LARGEST = 1 << 12
 """Of a number in the arguments of a network: channels, blocks, sides of windows."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from medseg.errors import BundleError
 from medseg.monai_bundles.config import Json, config_file, read_config, resolved
-from medseg.monai_bundles.transforms import NOTHING, named, read_preparation
+from medseg.monai_bundles.transforms import NOTHING, named, read_preparation, require_fractions
 from medseg.nnunet.folder import Foreign
 from medseg.planning.fingerprint import Fingerprint
 from medseg.planning.plan import Augmentation, Monai, Plan
@@ -86,6 +86,8 @@ def _check_way_back(rows: list[Json]) -> bool:
     softmax = inverted = chosen = False
     for row in rows:
         name, options = named(row)
+        if not chosen:
+            require_fractions(name, options.get("dtype"))
         if name in (*NOTHING, "SaveImaged"):
             continue
         if name == "Activationsd" and options.get("softmax") is True and not options.get("sigmoid") and not inverted:

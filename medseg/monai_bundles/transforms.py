@@ -32,8 +32,8 @@ def read_preparation(transforms: list[Json], *, channels: int) -> Preparation:
     found = Preparation()
     for row in transforms:
         name, options = named(row)
+        require_fractions(name, options.get("dtype"))
         if name in NOTHING:
-            _require_fractions(name, options.get("dtype"))
             continue
         if name not in _READ:
             raise BundleError(f"preprocessing: {name} is not read; read are {', '.join((*NOTHING, *_READ))}")
@@ -41,10 +41,11 @@ def read_preparation(transforms: list[Json], *, channels: int) -> Preparation:
     return found
 
 
-def _require_fractions(name: str, dtype: Any) -> None:
+def require_fractions(name: str, dtype: Any) -> None:
     """Raise BundleError where a transform rounds: to integers, or to few digits."""
     for each in dtype if isinstance(dtype, list) else [dtype]:
-        if each is not None and str(each).rpartition(".")[2] not in PRECISE:
+        module, _, kind = str(each).removeprefix("$").rpartition(".")
+        if each is not None and not (kind in PRECISE and module in ("", "torch", "np", "numpy")):
             raise BundleError(f"{name}: dtype={each!r} is not read; {', '.join(PRECISE)} are")
 
 

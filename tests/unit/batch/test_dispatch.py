@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from medseg.batch import dispatch
+from medseg.batch import dispatch, study
 from medseg.batch.attempt import Outcome
 from medseg.batch.dispatch import Dispatch
 from medseg.batch.job import Settings
 from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.placing import IMAGE_SUFFIX
 from medseg.batch.study_input import StudyInput
 from medseg.errors import ExportError
+from medseg.files import file_digest
 
 DIED, DONE, BUSY = Outcome(death="died", input_digest="i"), Outcome(fresh=True), Outcome()
 
@@ -166,3 +169,40 @@ def test_a_run_of_which_nothing_fitted_is_an_error(run: Run) -> None:
 
 def test_nothing_to_do(run: Run) -> None:
     assert run("")[0] == {}
+
+
+@pytest.mark.parametrize(("death", "code"), [("timeout", "TIMEOUT"), ("memory", "MEMORY"), ("died", "POISON")])
+def test_a_mask_outlasts_a_worker_that_ended_before_it_had_read_the_input(
+    run: Run, tmp_path: Path, death: str, code: str
+) -> None:
+    mask = tmp_path / "a.nii.gz"
+    mask.write_bytes(b"mask")
+    done = Entry(id="a", state="done", input_digest="i", model_digest="r", outputs={mask.name: file_digest(mask)})
+    Ledger(tmp_path).write(done)
+    found, _ = run("a", a=[Outcome(death=death)] * 3)
+    assert found == {"a": code}, "what is told of this run"
+    assert mask.read_bytes() == b"mask"
+    assert Ledger(tmp_path).read("a") == done
+
+
+def test_the_image_of_a_corrected_series_stays_when_it_cannot_be_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / f"s{IMAGE_SUFFIX}"
+    image.write_bytes(b"image")
+
+    def full(*_: object) -> None:
+        raise ExportError("no space", code="DISK_FULL")
+
+    monkeypatch.setattr(study, "write_nifti", full)
+    monkeypatch.setattr(study, "EXPORTERS", {"nifti": SimpleNamespace(suffix=".nii.gz", dicom=False, write=touch)})
+    with pytest.raises(ExportError, match="no space"):
+        study._write(SimpleNamespace(nifti=None, image=object()), ("nifti",), tmp_path, "s")  # type: ignore[arg-type]
+    assert image.read_bytes() == b"image"
+    study._write(SimpleNamespace(nifti=None, image=None), ("nifti",), tmp_path, "s")  # type: ignore[arg-type]
+    assert not image.exists(), "of an earlier run, in which the series was corrected"
+
+
+def touch(file: Path, _: object) -> tuple[str, ...]:
+    file.touch()
+    return ()

@@ -81,6 +81,18 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: _transform(c, _target_="EnsureTyped", dtype=["torch.float32", "uint8"]),
         "'uint8' is",
     ),
+    "integers by code": (
+        lambda c: _transform(c, _target_="CastToTyped", dtype="$torch.int16 if True else torch.float32"),
+        "is not read; float32",
+    ),
+    "integers while scaling": (
+        lambda c: _transform(c, _target_="ScaleIntensityRanged", a_min=0, a_max=9, b_min=0, b_max=1, dtype="$np.int16"),
+        "ScaleIntensityRanged: dtype=",
+    ),
+    "integers before labels": (
+        lambda c: c["postprocessing"]["transforms"].insert(0, {"_target_": "EnsureTyped", "dtype": "uint8"}),
+        "EnsureTyped: dtype=",
+    ),
     "inferer called alike": (lambda c: c["inferer"].update(_target_="trap.SlidingWindowInferer"), "trap.Sliding"),
     "windows that share all": (lambda c: c["inferer"].update(overlap=1.0), r"overlap 1.0 \(from 0, below 1\)"),
     "transform of MONAI": (
