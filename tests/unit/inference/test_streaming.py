@@ -49,7 +49,7 @@ def same(model: Model, image: Volume, **options: Any) -> np.ndarray:
     return found.array
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(
     shape=st.tuples(*[st.integers(1, 19)] * 3),
     spacing=st.tuples(*[st.sampled_from([0.4, 0.7, 1.0, 1.3, 2.5, 6.0])] * 3),
