@@ -293,10 +293,12 @@ def test_a_worker_ends_with_who_started_it(model: Path, images: Callable[..., Pa
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FAULTS), *sys.path])}
     words = [sys.executable, "-m", "medseg", "predict", str(folder), "--model", str(model), "--out", str(out)]
     command = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal = Ledger(out)
-    while not journal.in_flight(fate):
+    while not (folder / f"{fate}.nii.met").exists():
         assert command.poll() is None
         time.sleep(0.05)
+    time.sleep(0.5)
+    assert command.poll() is None
+    assert Ledger(out).in_flight(fate)
     workers = psutil.Process(command.pid).children(recursive=True)
     assert workers
     command.kill()

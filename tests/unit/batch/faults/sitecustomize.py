@@ -1,7 +1,7 @@
 """Faults for worker processes: Python imports this file at its start where its folder is on PYTHONPATH.
 
 A study whose id contains one of the words below meets its fate when it is read; "once" fates happen only where their
-mark (a file beside the image) does not exist yet.
+mark (a file beside the image) does not exist yet. A file NAME.nii.met beside the image says that it begins.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def stop() -> None:
     """As a decoder that hangs and never gives the interpreter's lock back."""
     import re
 
-    re.match(r"(a|a|b)+$", "a" * 60 + "c")
+    # Time that doubles with each letter; (a|b)+ would not do: alternatives of one letter are taken as one set.
+    re.match(r"(a+)+$", "a" * 60 + "c")
 
 
 FATES = {"hang": hang, "hog": hog, "poison": die, "stuck": stop}
@@ -62,6 +63,7 @@ class Loader(importlib.abc.Loader):
                     die()
             for word, fate in FATES.items():
                 if word in study.id:
+                    study.images[0].with_suffix(".met").touch()
                     fate()
             return read(study, spec)
 
