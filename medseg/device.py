@@ -74,13 +74,17 @@ def freed(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def trim() -> None:
+    """Give the system back what the C library keeps of freed memory for later (glibc; others have no such function)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident() -> int:
     """Return the bytes that this process holds now, without what it has given up already."""
     import psutil
 
-    # glibc keeps freed memory for later; other C libraries have no such function.
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()
     return int(psutil.Process().memory_info().rss)
 
 

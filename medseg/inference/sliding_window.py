@@ -1,8 +1,8 @@
 """Logits of an image from overlapping windows, one plane after the other.
 
-Windows are visited in raster order, the axis of planes outermost; their weighted logits add up in a slab that is one
-window deep. Planes that no further window reaches are divided by the sum of the weights and handed on, and the slab
-moves on. So memory grows with classes × slab, never with classes × volume.
+Windows are visited in raster order, the axis of planes outermost; their weighted logits add up in a slab of planes, one
+window deep. Planes that no further window reaches are divided by the sum of the weights and handed on. So memory grows
+with classes × slab, never with classes × volume.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from medseg.device import autocast, freed, is_out_of_memory
+from medseg.device import autocast, freed, is_out_of_memory, trim
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
 from medseg.quality.witness import Witness
@@ -194,10 +195,10 @@ def planes(
     padded, weights = where.pad(image), where.weights.to(image.device)
     first_time, later = sparing(predict), sparing(again or predict)
     visited = set() if visited is None else visited
-    depth, first = where.deep[axis], where.before[axis]
-    wanted = range(first, first + where.shape[axis])
-    total: Tensor | None = None
-    seen = torch.zeros((depth, *size), device=image.device)
+    wanted = range(where.before[axis], where.before[axis] + where.shape[axis])
+    # Planes from `start` on: sums of weighted logits and of weights. Each is made when a window first answers and given
+    # away when it is done, so that the network never works beside planes that nothing was added to yet.
+    slab: deque[tuple[Tensor, Tensor]] = deque()
     starts = where.starts[axis]
     for start, following in zip(starts, (*starts[1:], where.padded[axis]), strict=True):
         for corner in itertools.product(*(side.starts for side in sides)):
@@ -207,22 +208,18 @@ def planes(
             logits, weight = _window(padded, ask, where, weights, at)
             inside = tuple(side.inside(edge) for side, edge in zip(sides, corner, strict=True))
             place = tuple(side.place(edge) for side, edge in zip(sides, corner, strict=True))
-            if total is None:
-                total = logits.new_zeros((len(logits), depth, *size))
-            weight = weight[(slice(None), *inside)]
-            span = (slice(0, logits.shape[1]), *place)
-            # Channel by channel: the product of all would be as large as the logits.
-            for channel, part in zip(total, logits, strict=True):
-                channel[span] += part[(slice(None), *inside)] * weight
-            seen[span] += weight
+            for _ in range(len(slab), logits.shape[1]):
+                slab.append((logits.new_zeros((len(logits), *size)), torch.zeros(size, device=image.device)))
+            for (total, seen), part, share in zip(slab, logits.unbind(1), weight, strict=False):
+                total[(slice(None), *place)] += part[(slice(None), *inside)] * share[inside]
+                seen[place] += share[inside]
             del logits, part  # not kept while the next window is predicted
-        assert total is not None
         for plane in range(start, following):
+            total, seen = slab.popleft()
             if plane in wanted:
-                yield total[:, plane - start] / seen[plane - start]
-        if start < following < where.padded[axis]:
-            _move(total, 1, following - start)
-            _move(seen, 0, following - start)
+                yield total.div_(seen)
+        if following < where.padded[axis]:
+            trim()  # what painting took would lie beside the network's layers
 
 
 def _turned(predict: Predictor, axis: int) -> Predictor:
@@ -247,12 +244,3 @@ def _window(
 
 def _inserted(corner: Sequence[int], axis: int, start: int) -> tuple[int, ...]:
     return (*corner[:axis], start, *corner[axis:])
-
-
-def _move(slab: Tensor, dim: int, step: int) -> None:
-    """Move planes towards the front by `step`, in pieces that do not overlap, and begin the last ones anew."""
-    depth = slab.shape[dim]
-    for at in range(0, depth - step, step):
-        count = min(step, depth - step - at)
-        slab.narrow(dim, at, count).copy_(slab.narrow(dim, at + step, count))
-    slab.narrow(dim, max(0, depth - step), min(step, depth)).zero_()
