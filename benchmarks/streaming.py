@@ -41,7 +41,8 @@ row = next(iter(model.bundle.info.plan.normalisation.values()))
 low, high = ((x - row.mean) / row.deviation for x in (row.low, row.high))
 steps = Compose([
     LoadImaged("image", image_only=True), EnsureChannelFirstd("image"),
-    Spacingd("image", pixdim=(3.0, 3.0, 3.0), mode="bilinear"),
+    # As nnU-Net: the voxels cover the same extent before and after; the default keeps the centre of the first one.
+    Spacingd("image", pixdim=(3.0, 3.0, 3.0), mode="bilinear", scale_extent=True),
     ScaleIntensityRanged("image", a_min=row.low, a_max=row.high, b_min=low, b_max=high, clip=True),
 ])
 data = steps({"image": sys.argv[2]})
