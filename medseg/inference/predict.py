@@ -16,23 +16,21 @@ from medseg.bundle import Bundle, BundleInfo, load_networks, open_bundle
 from medseg.device import best_device, resident
 from medseg.errors import BundleError
 from medseg.inference.air import air_limits, skipping_air
+from medseg.inference.answer import Answer, averaged, painted
 from medseg.inference.chosen import judged, usable
-from medseg.inference.joint import Member, Wanted, bring_back
-from medseg.inference.joint_memory import cut_plane, forecast_joint, image_key
-from medseg.inference.labels import Key, paint
-from medseg.inference.memory import Case, Tile, forecast, tiles_of
+from medseg.inference.joint_memory import forecast_joint, image_key
+from medseg.inference.labels import Key
+from medseg.inference.memory import Case, Tile, forecast
 from medseg.inference.postprocess import postprocess
 from medseg.inference.presets import EXACT, QUALITY, Preset, in_parts
 from medseg.inference.sliding_window import Predictor, joined, mirrorings, noting_halvings, planes, window_logits
-from medseg.inference.way import Box, Way, axis_of, shared_axis, way
-from medseg.inference.way_back import seen, ways_back
 from medseg.inference.windows import Layout, layout
 from medseg.planning.plan import Plan
 from medseg.preparation.prepare import prepare
 from medseg.preparation.steps import Step, restore
 from medseg.quality.apply import Quality, estimate
 from medseg.quality.signs import Notes, make_notes
-from medseg.targets import background_logits, exclusive, label_type
+from medseg.targets import background_logits, exclusive
 from medseg.volume import Volume
 
 Room = Callable[[tuple[int, ...]], NDArray[Any]]
@@ -190,15 +188,8 @@ def predict_volume(
         held = resident() - image.array.nbytes
         case = case_of(model, image, quality=notes is not None)
         tiles = forecast(case, held=max(0, held), limit=max_memory).tiles
-    prepared, steps = _prepared(model, image, mirror, notes, max_memory)
-    mask = np.zeros((1, *image.shape), label_type(info.spec))
-    where = layout(prepared.shape[1:], info.plan, model.preset)
-    view = seen(mask[0], steps, where)
-    visited: set[tuple[int, ...]] = set()
-    for tile, lines, (rows, columns) in tiles_of(ways_back(steps, where), tiles):
-        found = _planes(model, prepared, where, mirror, notes, tile=tile, visited=visited)
-        paint(found, lines, Key.of(info.spec), view[:, rows, columns])
-    return postprocess(image.with_array(mask), info.postprocess, info.spec)
+    found = painted(answer_of(model, image, mirror=mirror, notes=notes, max_memory=max_memory), tiles)
+    return postprocess(image.with_array(found), info.postprocess, info.spec)
 
 
 @torch.inference_mode()
@@ -250,47 +241,41 @@ def _joint(
         in_file, held = isinstance(soft, np.memmap), max(0, resident() - image.array.nbytes)
         tiles = forecast_joint(cases, soft=item, in_file=in_file, held=held, limit=max_memory).tiles
     shared: dict[str, tuple[Tensor, tuple[Step, ...]]] = {}
-    grids: list[tuple[Tensor, tuple[Step, ...], Layout]] = []
+    answers = []
     for each in models:
         key = image_key(each.bundle.info.plan) if each.previous is None else str(id(each))
         shared[key] = shared.get(key) or _prepared(each, image, mirror, notes, max_memory)
-        prepared, steps = shared[key]
-        grids.append((prepared, steps, layout(prepared.shape[1:], each.bundle.info.plan, each.preset)))
-    axis = shared_axis([(steps, where) for _, steps, where in grids])
-    falling = axis_of(grids[0][1], axis)[1]
-    members = [
-        _member(each, image, mirror, notes, grid, axis, falling) for each, grid in zip(models, grids, strict=True)
-    ]
-    mask = np.zeros((1, *image.shape), label_type(info.spec))
-    background = background_logits(info.spec).to(model.device)
-    wanted = Wanted(mask[0], soft, Key.of(info.spec), background, info.temperature)
-    bring_back(members, wanted, axis, cut_plane(image.shape, axis, tiles), falling=falling)
-    return mask
+        answers.append(_answer(each, image, shared[key], mirror, notes))
+    return averaged(answers, soft=soft, temperature=info.temperature, tiles=tiles)
 
 
-def _member(
+def answer_of(
     model: Model,
     image: Volume,
+    *,
+    mirror: bool | None = None,
+    notes: Notes | None = None,
+    max_memory: int | None = None,
+) -> Answer:
+    """Return what a model (not an ensemble) says of an image, once it is read; parameters as for `predict_volume`."""
+    return _answer(model, image, _prepared(model, image, mirror, notes, max_memory), mirror, notes)
+
+
+def _answer(
+    model: Model,
+    image: Volume,
+    grid: tuple[Tensor, tuple[Step, ...]],
     mirror: bool | None,
     notes: Notes | None,
-    grid: tuple[Tensor, tuple[Step, ...], Layout],
-    axis: int,
-    falling: bool,
-) -> Member:
-    """Return how a model is asked, and how its planes lead back, slice by slice across an axis of the source."""
-    prepared, steps, where = grid
-    own, turned = axis_of(steps, axis)
-    where, backwards = replace(where, along=own), turned != falling
+) -> Answer:
+    (prepared, steps), info = grid, model.bundle.info
     visited: set[tuple[int, ...]] = set()
 
-    def planes_of(tile: Tile) -> Iterator[Tensor]:
+    def planes_of(where: Layout, tile: Tile | None, backwards: bool) -> Iterator[Tensor]:
         return _planes(model, prepared, where, mirror, notes, tile=tile, visited=visited, backwards=backwards)
 
-    def way_of(part: Box) -> Way | None:
-        return way(image.shape, steps, where, axis, part, backwards=backwards)
-
-    info = model.bundle.info
-    return Member(planes_of, way_of, info.temperature, chances=_soft_planes(info.plan))
+    where = layout(prepared.shape[1:], info.plan, model.preset)
+    return Answer(info, image.shape, steps, where, model.device, planes_of, _soft_planes(info.plan))
 
 
 @torch.inference_mode()
@@ -300,11 +285,11 @@ def predict_logits(model: Model, image: Volume, *, mirror: bool | None = None, n
     Not of an ensemble of configurations: what it says is the mean of its members' probabilities.
     """
     info = model.bundle.info
-    prepared, steps = _prepared(model, image, mirror, notes)
-    where = layout(prepared.shape[1:], info.plan, model.preset)
-    logits = joined((plane.cpu() for plane in _planes(model, prepared, where, mirror, notes)), where)
-    found = restore(logits, steps, fill=background_logits(info.spec), axis=where.axis)
-    return found.clamp(min=torch.finfo(found.dtype).tiny).log() if _soft_planes(info.plan) else found
+    answer = answer_of(model, image, mirror=mirror, notes=notes)
+    where = answer.where
+    logits = joined((plane.cpu() for plane in answer.planes(where, None, False)), where)
+    found = restore(logits, answer.steps, fill=background_logits(info.spec), axis=where.axis)
+    return found.clamp(min=torch.finfo(found.dtype).tiny).log() if answer.chances else found
 
 
 def _soft_planes(plan: Plan) -> bool:

@@ -119,11 +119,21 @@ def sparing(predict: Predictor) -> Predictor:
 
 @torch.inference_mode()
 def slide(
-    image: Tensor, networks: Sequence[nn.Module], plan: Plan, *, mirror: bool, witness: Witness | None = None
+    image: Tensor,
+    networks: Sequence[nn.Module],
+    plan: Plan,
+    *,
+    mirror: bool,
+    witness: Witness | None = None,
+    made: Callable[[Tensor], Tensor] = lambda plane: plane,
 ) -> Tensor:
-    """Return all logits (K, I, J, K') of a prepared image (C, I, J, K') at once: 4 K bytes a voxel, beside the slab."""
+    """Return what is made of each plane (K, A, B) of logits of a prepared image (C, I, J, K'), joined: (N, I, J, K').
+
+    `made` gives (N, A, B); unless told the logits themselves, of which 4 K bytes a voxel are held.
+    """
     where = layout(image.shape[1:], plan)
-    return joined(planes(image, window_logits(networks, plan, mirror=mirror, witness=witness), where), where)
+    found = planes(image, window_logits(networks, plan, mirror=mirror, witness=witness), where)
+    return joined(map(made, found), where)
 
 
 def joined(found: Iterable[Tensor], where: Layout) -> Tensor:

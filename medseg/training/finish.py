@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from medseg.bundle import (
     BUNDLE_FORMAT,
@@ -26,7 +26,8 @@ from medseg.evaluation.evaluate import dataset_reference, evaluate_against
 from medseg.evaluation.table import make_evaluation, write_evaluation
 from medseg.exporters.nifti import write_nifti
 from medseg.files import write_atomically, write_json, write_text
-from medseg.inference.predict import Model, notes_for, predict_logits
+from medseg.inference.answer import kept, logits_at, painted
+from medseg.inference.predict import Model, answer_of, notes_for
 from medseg.joined import annotated
 from medseg.plots import colours_for, curves_png, three_planes_png
 from medseg.quality.model import QualityModel
@@ -36,7 +37,7 @@ from medseg.quality.signs import Notes
 from medseg.readers.nifti import read_nifti
 from medseg.spec import Case, Dataset, Spec
 from medseg.studies import read_study
-from medseg.targets import decode, known_channels
+from medseg.targets import known_channels
 from medseg.tracking import Tracker
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.drawn import write_drawn
@@ -45,7 +46,7 @@ from medseg.training.quality import Seen, fit_seen
 from medseg.training.quality import told as quality_told
 from medseg.training.start_told import basis_of, seen_by, start_facts, validation_seen
 from medseg.training.state import LoopState
-from medseg.training.temperature import VoxelSample
+from medseg.training.temperature import LogitsAt, VoxelSample
 from medseg.volume import Volume, reorient, shown_axes
 
 OVERLAYS = 3
@@ -189,12 +190,12 @@ class Scored:
     trying: float = 0.0
 
     def add(
-        self, case: Case, file: Path, notes: Notes, logits: Tensor, mask: Volume, reference: Volume, *, hurry: bool
+        self, case: Case, file: Path, notes: Notes, at: LogitsAt, mask: Volume, reference: Volume, *, hurry: bool
     ) -> None:
-        """Learn from one case, whose mask lies in `file`."""
+        """Learn from one case, whose mask lies in `file`, and whose logits `at` gives."""
         spec = self.trial.spec
         self.seen.append(Seen(case, file, notes, label_shapes(reference, spec)))
-        self.sample.add(logits, reference, known_channels(spec, case))
+        self.sample.add(at, mask.array, reference, known_channels(spec, case))
         began = time.monotonic()
         self.trial.complete &= not hurry or self.trying < TRYING_SECONDS + TRYING_SHARE * self.predicting
         if self.trial.complete:
@@ -247,20 +248,23 @@ def _score_case(model: Model, case: Case, place: Path, scored: Scored, *, hurry:
     """Predict one validation case and learn from it."""
     study = read_study(model.bundle.info.spec, case)
     began = time.monotonic()
-    notes, logits, mask = noted_prediction(model, study.image)
+    notes, at, mask = noted_prediction(model, study.image, place)
     file = place / f"{case.id}.nii.gz"
     write_nifti(file, mask)
     scored.predicting += time.monotonic() - began
     assert study.mask is not None, "cases without a mask do not learn"
-    scored.add(case, file, notes, logits, mask, study.mask, hurry=hurry)
+    scored.add(case, file, notes, at, mask, study.mask, hurry=hurry)
 
 
-def noted_prediction(model: Model, image: Volume) -> tuple[Notes, Tensor, Volume]:
-    """Predict as the finished model will; return what was noted, the logits, and the mask on the grid of `image`."""
+def noted_prediction(model: Model, image: Volume, place: Path) -> tuple[Notes, LogitsAt, Volume]:
+    """Predict as the finished model will; return what was noted, the logits, and the mask on the grid of `image`.
+
+    The logits lie in a file in `place` for as long as these are held.
+    """
     info = model.bundle.info
     notes = notes_for(model, mirror=info.plan.test_mirroring)
-    logits = predict_logits(model, image, notes=notes)
-    return notes, logits, image.with_array(decode(info.spec, logits).numpy())
+    answer = kept(answer_of(model, image, notes=notes), place)
+    return notes, partial(logits_at, answer), image.with_array(painted(answer))
 
 
 def _overlays(job: Job, run: Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,8 @@ class Learner:
         """Return the Dice of each label that the reference of a case holds."""
         arrays = self.job.cache(case)
         image = torch.from_numpy(np.array(arrays["image"])).to(self.job.device)
-        found = decode(self.job.spec, slide(image, [self.average], self.job.plan, mirror=False)).cpu().numpy()
+        labels = partial(decode, self.job.spec)
+        found = slide(image, [self.average], self.job.plan, mirror=False, made=labels).cpu().numpy()
         mask = np.asarray(arrays["mask"])
         known = mask != self.job.spec.ignore if self.job.spec.ignore is not None else np.ones(mask.shape, bool)
         dice = {}

@@ -154,9 +154,9 @@ def _score(model: Model, case: Case, place: Path, scored: Scored) -> None:
     spec = model.bundle.info.spec
     study = read_study(spec, case)
     assert study.mask is not None, "cases without a mask do not learn"
-    notes, logits, _ = noted_prediction(model, study.image)
+    notes, at, _ = noted_prediction(model, study.image, place)
     labels = np.where(study.mask.array == (-1 if spec.ignore is None else spec.ignore), 0, study.mask.array)
     found = study.mask.with_array(labels)
     file = place / f"{case.id}.nii.gz"
     write_nifti(file, found)
-    scored.add(case, file, notes, logits, found, study.mask, hurry=False)
+    scored.add(case, file, notes, at, found, study.mask, hurry=False)

@@ -3,7 +3,7 @@
     OUT/5_folds/validation/ (out-of-fold masks of an ensemble)  6_model/ (the bundle)  7_report/ (selection.csv, .json)
 
 Every case is predicted by the networks that have not seen it, one of each run; probabilities are averaged on the grid
-of the image. Memory is that of the logits of all runs for one case.
+of the image. The logits of all runs for one case lie in files in OUT, and are read slice by slice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg.bundle import (
@@ -42,12 +43,13 @@ from medseg.evaluation.metrics import METRICS, Pair, measure
 from medseg.evaluation.table import Evaluation, Row, make_evaluation
 from medseg.exporters.nifti import write_nifti
 from medseg.files import write_atomically, write_json, write_text
-from medseg.inference.predict import predict_logits
+from medseg.inference.answer import Answer, averaged, kept, logits_at, painted
+from medseg.inference.predict import answer_of
 from medseg.joined import annotated
 from medseg.joining import load_datasets
 from medseg.spec import Case, Dataset, Spec
 from medseg.studies import Study, read_study
-from medseg.targets import decode, known_channels, mean_logits
+from medseg.targets import known_channels, mean_logits
 from medseg.training.choose_steps import StepTrial, evidence_csv, told
 from medseg.training.copies import one_patient
 from medseg.training.ensembles import MARGIN, MIN_PATIENTS, Candidate, Choice, Repeated, choose, repeat
@@ -114,7 +116,7 @@ def select_model(
         )
     shutil.rmtree(out / "6_model", ignore_errors=True)  # of a command that was killed
     cases = one_patient(dataset, learning_cases(dataset), manifest)
-    work = _Work(dataset.spec, found, tuple(c for c in cases if c.id in found[0].folds))
+    work = _Work(dataset.spec, found, tuple(c for c in cases if c.id in found[0].folds), out)
     with display or Display(None) as shown:
         for run in found:
             if None in run.validation_known:
@@ -141,14 +143,15 @@ def select_model(
 
 @dataclass(frozen=True)
 class _Work:
-    """A selection in progress: `cases` are those that every run has validated."""
+    """A selection in progress: `cases` are those that every run has validated, `out` is where answers are kept."""
 
     spec: Spec
     runs: Sequence[Finished]
     cases: tuple[Case, ...]
+    out: Path
 
-    def predictions(self, runs: Sequence[Finished], shown: Display) -> Iterator[tuple[Case, Study, Iterator[Tensor]]]:
-        """Yield each case with an iterator of the calibrated logits of each run's network that has not seen it."""
+    def predictions(self, runs: Sequence[Finished], shown: Display) -> Iterator[tuple[Case, Study, Iterator[Answer]]]:
+        """Yield each case with an iterator of what each run's network says that has not seen it."""
         device, folds = best_device(), self.runs[0].folds
         done = 0
         for fold in sorted(set(folds.values())):
@@ -156,7 +159,7 @@ class _Work:
             for case in self.cases:
                 if folds[case.id] == fold:
                     study = read_study(self.spec, case)
-                    yield case, study, (predict_logits(m, study.image) / m.bundle.info.temperature for m in models)
+                    yield case, study, (kept(answer_of(model, study.image), self.out) for model in models)
                     done += 1
                     shown.counted(done, len(self.cases))
 
@@ -167,14 +170,16 @@ class _Work:
         rows: dict[tuple[int, ...], list[Row]] = {group: [] for group in groups}
         seconds = np.zeros(len(self.runs))
         for case, study, each in self.predictions(self.runs, shown):
-            logits: list[Tensor] = []
+            answers: list[Answer] = []
             for number in numbers:
                 began = time.monotonic()
-                logits.append(next(each))
+                answers.append(next(each))
+                mask = painted(answers[number])
                 seconds[number] += time.monotonic() - began
+                rows[number,] += dice_rows(self.spec, case, study, mask)
             for group in groups:
-                joint = logits[group[0]] if len(group) == 1 else mean_logits(self.spec, [logits[n] for n in group])
-                rows[group] += dice_rows(self.spec, case, study, decode(self.spec, joint).numpy())
+                if len(group) > 1:
+                    rows[group] += dice_rows(self.spec, case, study, averaged([answers[n] for n in group]))
         seconds /= len(self.cases)
         return [
             Candidate(
@@ -193,11 +198,11 @@ class _Work:
         sample = VoxelSample(self.spec, cases=len(self.cases), seed=plan.seed)
         for case, study, each in self.predictions(runs, shown):
             assert study.mask is not None, "cases without a mask do not learn"
-            logits = mean_logits(self.spec, each)
-            mask = study.image.with_array(decode(self.spec, logits).numpy())
+            answers = list(each)
+            mask = study.image.with_array(averaged(answers))
             write_nifti(place / f"{case.id}.nii.gz", mask)
             trial.add(mask, study.mask, annotated(self.spec, case))
-            sample.add(logits, study.mask, known_channels(self.spec, case))
+            sample.add(partial(mean_at, answers), mask.array, study.mask, known_channels(self.spec, case))
         steps, evidence = trial.choose()
         members = []
         for number, run in enumerate(runs):
@@ -214,6 +219,11 @@ class _Work:
         save_bundle(out / "6_model", info, {})
         open_bundle(out)  # what was copied is what was read
         shown.say(told(steps, trial, folds=len(set(self.runs[0].folds.values()))))
+
+
+def mean_at(answers: Sequence[Answer], voxels: NDArray[np.int64]) -> Tensor:
+    """Return the mean of calibrated probabilities at some voxels of the image, as logits (K, M)."""
+    return mean_logits(answers[0].info.spec, (logits_at(each, voxels) / each.info.temperature for each in answers))
 
 
 def _copy(source: Path, target: Path) -> None:

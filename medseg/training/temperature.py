@@ -8,7 +8,8 @@ found, widened by MARGIN_MM: outside of it a network is right and sure, which wo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from medseg.bundle import Calibration
 from medseg.spec import Spec
-from medseg.targets import channel_names, decode, encode, exclusive, merge_unknown
+from medseg.targets import channel_names, encode, exclusive, merge_unknown
 from medseg.volume import Volume
 
+LogitsAt = Callable[[NDArray[np.int64]], Tensor]
 MARGIN_MM = 10.0
 MAX_VOXELS, MAX_VALUES = 200_000, 4_000_000
 """Of the sample: voxels, and voxels times channels (16 MB)."""
@@ -45,21 +47,29 @@ class VoxelSample:
         self.targets: list[Tensor] = []
         self.known: list[Tensor] = []
 
-    def add(self, logits: Tensor, reference: Volume, known: Sequence[bool] | None = None) -> None:
-        """Draw voxels of one case: logits (K, I, J, K') and the reference (1, I, J, K') on one grid.
+    def add(
+        self, logits_at: LogitsAt, found: NDArray[Any], reference: Volume, known: Sequence[bool] | None = None
+    ) -> None:
+        """Draw voxels of one case.
 
-        `known` tells of each channel whether the reference knows it (all unless told).
+        Parameters
+        ----------
+        logits_at : (indices in the flattened image) -> the logits (K, M) there.
+        found, reference : label values (1, I, J, K'), predicted and true, on one grid.
+        known : tells of each channel whether the reference knows it (all unless told).
         """
         truth = reference.array[0]
-        box = _around(truth, decode(self.spec, logits).numpy()[0], reference, self.spec)
+        box = _around(truth, found[0], reference, self.spec)
         values = torch.from_numpy(np.ascontiguousarray(truth[box]).astype(np.int32)).ravel()
         there = np.arange(len(values)) if self.spec.ignore is None else np.flatnonzero(values != self.spec.ignore)
         rng = np.random.default_rng((self.seed, 5, len(self.logits)))
-        drawn = torch.from_numpy(np.sort(rng.choice(there, min(self.share, len(there)), replace=False)))
-        self.logits.append(logits[(slice(None), *box)].reshape(len(logits), -1)[:, drawn].float().T)
-        target, _ = encode(self.spec, values[drawn].reshape(1, 1, -1, 1, 1))
+        drawn = np.sort(rng.choice(there, min(self.share, len(there)), replace=False))
+        index = np.unravel_index(drawn, truth[box].shape)
+        voxels = np.ravel_multi_index([n + part.start for n, part in zip(index, box, strict=True)], truth.shape)
+        self.logits.append(logits_at(voxels).float().T)
+        target, _ = encode(self.spec, values[torch.from_numpy(drawn)].reshape(1, 1, -1, 1, 1))
         self.targets.append(target[0, :, :, 0, 0].T)
-        row = torch.tensor([True] * len(logits) if known is None else list(known))
+        row = torch.tensor([True] * len(channel_names(self.spec)) if known is None else list(known))
         self.known.append(row.expand(len(drawn), -1))
 
     def fit(self) -> Calibration | None:

@@ -110,7 +110,7 @@ def measured() -> Callable[..., dict[str, Any]]:
 
     def run(cases: Sequence[Case], depth: int, **options: Any) -> dict[str, Any]:
         plans = [case.plan.model_dump_json() for case in cases]
-        given = {"limit": None, "soft": "", "quality": False, "mirror": False, "networks": 1, **options}
+        given = {"limit": None, "soft": "", "quality": False, "mirror": False, "networks": 1, "kept": False, **options}
         given |= {"plans": plans, "spec": cases[0].spec.model_dump(mode="json"), "depth": depth}
         command = [sys.executable, str(PROGRAM), json.dumps(given)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **ALLOCATOR})

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from medseg.batch.room import on_disk
 from medseg.device import resident
 from medseg.inference import memory
+from medseg.inference.answer import averaged, kept, logits_at, painted
 from medseg.inference.joint_memory import forecast_joint
 from medseg.inference.memory import Case, Need, forecast
-from medseg.inference.predict import Model, case_of, in_memory, notes_for, predict_soft, predict_volume
+from medseg.inference.predict import Model, answer_of, case_of, in_memory, notes_for, predict_soft, predict_volume
 from medseg.planning.plan import Plan
 from medseg.spec import Spec
 from medseg.volume import Volume
@@ -59,6 +60,9 @@ def model_of(plans: list[str], spec: Spec, networks: int, quality: bool) -> Mode
 
 def predict(model: Model, image: Volume, given: dict[str, Any], limit: int | None) -> None:
     """Predict as it is asked for."""
+    if given["kept"]:
+        keep(model, image)
+        return
     options: dict[str, Any] = {"mirror": given["mirror"], "max_memory": limit}
     if given["quality"]:
         options["notes"] = notes_for(model, mirror=given["mirror"])
@@ -70,6 +74,18 @@ def predict(model: Model, image: Volume, given: dict[str, Any], limit: int | Non
             mask = predict_volume(model, image, **options)
         if given["quality"]:
             options["notes"].signs(mask)
+
+
+def keep(model: Model, image: Volume) -> None:
+    """Do what the end of a training does with a case, or a selection with each of its runs and all of them."""
+    voxels = np.arange(0, image.array.size, 97)
+    with tempfile.TemporaryDirectory() as folder:
+        answers = [kept(answer_of(each, image), Path(folder)) for each in model.members or (model,)]
+        for each in answers:
+            painted(each)
+            logits_at(each, voxels)
+        if len(answers) > 1:
+            averaged(answers)
 
 
 def told(cases: list[Case], given: dict[str, Any], **options: Any) -> Need:

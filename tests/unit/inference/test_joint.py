@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from medseg.inference import joint
+from medseg.inference import answer, joint
 from medseg.inference import predict as module
 from medseg.inference.joint_memory import forecast_joint
 from medseg.inference.predict import Model, predict_soft, predict_volume
@@ -224,8 +224,8 @@ def test_less_memory_means_more_tiles_with_the_same_mask(
     need = forecast_joint(cases, held=0)
     monkeypatch.setattr(module, "resident", lambda: 0)
     used: list[Any] = []
-    plain = module.cut_plane
-    monkeypatch.setattr(module, "cut_plane", lambda *args: used.append(args[2]) or plain(*args))
+    plain = answer.cut_plane
+    monkeypatch.setattr(answer, "cut_plane", lambda *args: used.append(args[2]) or plain(*args))
     for limit in (need.total, need.total - need.slab // 2):
         assert np.array_equal(predict_volume(model, image, max_memory=limit).array, wanted)
     assert used[0] == (1, 1)

@@ -303,6 +303,9 @@ def test_validation_masks_name_the_network_that_made_them(model: Path) -> None:
 def test_trying_post_processing_takes_a_share_of_a_budget_only(
     make_spec: Any, make_plan: Any, make_fingerprint: Any
 ) -> None:
+    def nothing(voxels: np.ndarray) -> torch.Tensor:
+        return torch.zeros((2, len(voxels)))
+
     spec = make_spec()
     for hurry, expected in ((True, [True, False]), (False, [True, True])):
         scored = Scored(StepTrial(spec, make_fingerprint()), VoxelSample(spec, cases=2, seed=0))
@@ -310,8 +313,8 @@ def test_trying_post_processing_takes_a_share_of_a_budget_only(
         for trying in (0.0, TRYING_SECONDS + 0.2):
             scored.trying, scored.predicting = trying, 1.0
             mask = Volume(np.ones((1, 4, 4, 4), np.uint8), np.eye(4))
-            notes, logits = make_notes(spec, make_plan(spec), networks=1, passes=1), torch.zeros((2, 4, 4, 4))
-            scored.add(Case("c", (), None, "p"), Path("c.nii.gz"), notes, logits, mask, mask, hurry=hurry)
+            notes = make_notes(spec, make_plan(spec), networks=1, passes=1)
+            scored.add(Case("c", (), None, "p"), Path("c.nii.gz"), notes, nothing, mask, mask, hurry=hurry)
             found.append(scored.trial.complete)
         assert found == expected
 

@@ -84,16 +84,21 @@ def scene(make_spec: Make) -> Any:
     return spec, logits, Volume(truth, np.diag([1, 1, 2, 1.0]))
 
 
+def add(sample: VoxelSample, logits: torch.Tensor, reference: Volume) -> None:
+    """Add a case whose logits (K, I, J, K') are at hand."""
+    sample.add(lambda voxels: logits.flatten(1)[:, voxels], decode(sample.spec, logits).numpy(), reference)
+
+
 def test_voxels_are_drawn_around_what_matters(scene: Any) -> None:
     spec, logits, reference = scene
     # what was found lies everywhere: the noise wins now and then
     sample = VoxelSample(spec, cases=1, seed=0)
-    sample.add(logits, reference)
+    add(sample, logits, reference)
     assert len(sample.logits[0]) == (reference.array != 9).sum(), "there are fewer voxels than the share"
     quiet = logits.clone()
     quiet[0] += 20 * torch.from_numpy(reference.array[0] == 0)
     small = VoxelSample(spec, cases=1, seed=0)
-    small.add(quiet, reference)
+    add(small, quiet, reference)
     box = (slice(0, 25), slice(0, 27), slice(0, 29))  # 10 mm around what is there, and found where nobody looked
     assert len(small.logits[0]) == (reference.array[0][box] != 9).sum()
     assert small.targets[0].sum(0).tolist() == [(reference.array[0][box] == value).sum() for value in (0, 4, 2)]
@@ -103,8 +108,8 @@ def test_the_share_of_a_case_is_drawn_without_repeating_and_the_same_again(scene
     spec, logits, reference = scene
     samples = [VoxelSample(spec, cases=100, seed=seed) for seed in (0, 0, 1)]
     for sample in samples:
-        sample.add(logits, reference)
-        sample.add(logits, reference)
+        add(sample, logits, reference)
+        add(sample, logits, reference)
     first, second, third = (torch.cat(sample.logits) for sample in samples)
     assert len(first) == 2 * 2000
     assert torch.equal(first, second)
@@ -116,7 +121,7 @@ def test_the_share_of_a_case_is_drawn_without_repeating_and_the_same_again(scene
 def test_what_is_kept_in_the_bundle(scene: Any) -> None:
     spec, logits, reference = scene
     sample = VoxelSample(spec, cases=1, seed=0)
-    sample.add(10 * logits, reference)
+    add(sample, 10 * logits, reference)
     found = sample.fit()
     assert found is not None
     assert found.temperature > 1.5
@@ -137,7 +142,7 @@ def test_regions_are_calibrated_each(make_spec: Make) -> None:
     wanted = np.stack([truth[0] > 0, truth[0] == 2])
     logits = torch.from_numpy(np.where(wanted, 4.0, -4.0)) + 3 * torch.randn((2, 20, 20, 20))
     sample = VoxelSample(spec, cases=1, seed=0)
-    sample.add(logits, Volume(truth, np.eye(4)))
+    add(sample, logits, Volume(truth, np.eye(4)))
     assert np.array_equal(sample.targets[0].numpy(), wanted.reshape(2, -1).T)
     found = sample.fit()
     assert found is not None
@@ -149,9 +154,9 @@ def test_empty_references_and_too_few_voxels(make_spec: Make) -> None:
     spec = make_spec(labels={"a": 4}, ignore=9)
     sample = VoxelSample(spec, cases=2, seed=0)
     logits = torch.stack([torch.full((9, 9, 9), 5.0), torch.zeros((9, 9, 9))])
-    sample.add(logits, Volume(np.full((1, 9, 9, 9), 9, np.uint8), np.eye(4)))
+    add(sample, logits, Volume(np.full((1, 9, 9, 9), 9, np.uint8), np.eye(4)))
     assert sample.fit() is None, "all is ignored"
-    sample.add(logits, Volume(np.zeros((1, 9, 9, 9), np.uint8), np.eye(4)))
+    add(sample, logits, Volume(np.zeros((1, 9, 9, 9), np.uint8), np.eye(4)))
     assert MIN_VOXELS > 9**3
     assert sample.fit() is None
 
