@@ -51,7 +51,7 @@ def write_atomically(
         raise ExportError(
             f"{path.name}: cannot be written ({error.strerror or error}); nothing was left under this name. "
             "Free space or choose another --out, then run the same command again.",
-            code="DISK_FULL" if _is_full(error) else "NOT_WRITABLE",
+            code="DISK_FULL" if is_full(error) else "NOT_WRITABLE",
         ) from error
     finally:
         # What hinders this removal has hindered the writing too, and that is what must be told.
@@ -59,7 +59,7 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
 
 
-def _is_full(error: OSError) -> bool:
+def is_full(error: OSError) -> bool:
     """Tell whether there was no space (or quota) left; numpy says so without a number."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error))
 

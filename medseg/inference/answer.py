@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medseg.bundle import BundleInfo
+from medseg.errors import ExportError
+from medseg.files import is_full
 from medseg.inference.joint import Member, Wanted, bring_back
 from medseg.inference.joint_memory import cut_plane
 from medseg.inference.labels import Key, paint
@@ -144,16 +146,23 @@ def kept(answer: Answer, folder: Path) -> Answer:
 
     Raises
     ------
-    OSError : there is no room for it.
+    ExportError : DISK_FULL, NOT_WRITABLE.
     BundleError : as the answer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed when nothing refers to it any more)
-    stored = _Stored(file, answer.where, answer.device)
-    weakref.finalize(stored, file.close)
-    for plane in answer.planes(answer.where, None, False):
-        file.write(plane.float().contiguous().cpu().numpy().data)
-    file.flush()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed when nothing refers to it any more)
+        stored = _Stored(file, answer.where, answer.device)
+        weakref.finalize(stored, file.close)
+        for plane in answer.planes(answer.where, None, False):
+            file.write(plane.float().contiguous().cpu().numpy().data)
+        file.flush()
+    except OSError as error:
+        raise ExportError(
+            f"what a network says of a case cannot be kept in the output folder ({error.strerror or error}). "
+            "Free space or choose another --out, then run the same command again.",
+            code="DISK_FULL" if is_full(error) else "NOT_WRITABLE",
+        ) from error
     return replace(answer, planes=stored)
 
 

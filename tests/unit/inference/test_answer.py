@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medseg.errors import ExportError
 from medseg.inference import answer as module
 from medseg.inference.answer import averaged, kept, logits_at, painted
 from medseg.inference.memory import Case
@@ -141,6 +143,28 @@ def test_the_file_has_no_name_and_goes_with_the_answer(tmp_path: Path, random_mo
     del found
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_full_disk_is_told(tmp_path: Path, random_model: Models, picture: Pictures) -> None:
+    answer = answer_of(random_model(), picture((12, 12, 12)))
+
+    class Full:
+        def __init__(self, **options: Any) -> None: ...
+
+        def write(self, content: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module.tempfile, "TemporaryFile", Full)
+        with pytest.raises(ExportError, match="No space left") as caught:
+            kept(answer, tmp_path)
+    assert caught.value.code == "DISK_FULL"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError) as caught:
+        kept(answer, tmp_path / "file" / "folder")
+    assert caught.value.code == "NOT_WRITABLE"
 
 
 def test_no_term_is_classes_times_volume(case: Callable[..., Case], measured: Callable[..., Any]) -> None:
