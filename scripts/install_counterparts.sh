@@ -16,6 +16,10 @@ dciodvfy|dicom3tools
 plastimatch|plastimatch
 chromium|chromium
 pg_ctlcluster|postgresql
+munged|munge
+slurmctld|slurmctld
+slurmd|slurmd
+sbatch|slurm-client
 '
 
 missing=()

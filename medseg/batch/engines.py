@@ -25,6 +25,7 @@ from medseg.batch.cluster import ClusterConfig
 from medseg.batch.isolation import UNSHARED, Child, Job, Limits
 from medseg.batch.job import Settings, encode
 from medseg.batch.memory import image_bytes
+from medseg.batch.queues import asked
 from medseg.batch.study_input import StudyInput
 from medseg.batch.waiting import Waiting
 from medseg.errors import BatchError, ConfigError
@@ -82,7 +83,7 @@ def started(workers: Workers) -> Iterator[Engine]:
     Raises
     ------
     ConfigError : Dask is not installed.
-    BatchError : NO_SCHEDULER, WORKER_VERSION, WORKER_START.
+    BatchError : NO_SCHEDULER, QUEUE, WORKER_VERSION, WORKER_START.
     """
     if workers.scheduler or workers.cluster is not None:
         with _connected(workers) as client:
@@ -218,12 +219,12 @@ def _connected(workers: Workers) -> Iterator[Any]:
     """Give a client of the scheduler, or of a cluster that is started for the time of the block."""
     distributed = _module("distributed")
     with contextlib.ExitStack() as stack:
-        place = workers.scheduler
-        if workers.cluster is not None:
-            place = stack.enter_context(_cluster(workers.cluster))
         try:
-            client = stack.enter_context(distributed.Client(place, timeout=CONNECT_SECONDS))
-            client.wait_for_workers(1, timeout=CONNECT_SECONDS if workers.scheduler else None)
+            if workers.cluster is not None:
+                client = stack.enter_context(_of_cluster(workers.cluster))
+            else:
+                client = stack.enter_context(distributed.Client(workers.scheduler, timeout=CONNECT_SECONDS))
+                client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except (OSError, TimeoutError) as error:
             text = f"{workers.scheduler}: no Dask scheduler with a worker answers within {CONNECT_SECONDS:.0f} s"
             raise BatchError(f"{text}; start `dask scheduler` and `dask worker`", code="NO_SCHEDULER") from error
@@ -231,16 +232,22 @@ def _connected(workers: Workers) -> Iterator[Any]:
         yield client
 
 
-def _cluster(config: ClusterConfig) -> Any:
-    module, name = CLUSTERS[config.kind]
+@contextmanager
+def _of_cluster(config: ClusterConfig) -> Iterator[Any]:
+    """Give a client of a cluster that is started for the time of the block and has a worker."""
+    distributed, (module, name) = _module("distributed"), CLUSTERS[config.kind]
     kind = getattr(_module(module), name)
     if config.kind == "local":
         # Reached from this machine only, and with a certificate of its own: other users of it are kept out.
         fixed = {"host": "127.0.0.1", "security": True, "dashboard_address": None, "memory_limit": 0}
-        return kind(n_workers=config.workers, threads_per_worker=1, processes=True, **{**fixed, **config.options})
-    cluster = kind(**{"cores": 1, "processes": 1, **config.options})
-    cluster.scale(jobs=config.workers)
-    return cluster
+        options = {"threads_per_worker": 1, "processes": True, **fixed, **config.options}
+        with kind(n_workers=config.workers, **options) as cluster, distributed.Client(cluster) as client:
+            client.wait_for_workers(1)
+            yield client
+    else:
+        with asked(kind, config) as queue, distributed.Client(queue.cluster) as client:
+            queue.wait(client)
+            yield client
 
 
 def _require_same(client: Any) -> None:
