@@ -6,27 +6,25 @@ The full campaigns (500 studies; 60 kills of workers, the commands at 20 of thes
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
 from medseg import api
 from medseg.batch.engines import KEPT, STAGES, Workers
-from medseg.phantom.dicom import write_series
-from medseg.volume import Volume
 
 Builder = Callable[..., Path]
 
@@ -44,27 +42,39 @@ def environment(place: Path) -> dict[str, str]:
     return {**os.environ, "MEDSEG_KEY_FILE": str(place / "campaign.key"), "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
-def plant(place: Path, count: int) -> Path:
-    """Write `count` studies, a third of them DICOM, one of twenty damaged in one of four ways."""
-    tree, rng = place / f"tree{count}", np.random.default_rng(5)
-    if tree.exists():
-        return tree
-    affine = np.array([[-1.5, 0, 0, 30], [0, -1.5, 0, 20], [0, 0, 2.0, -5], [0, 0, 0, 1]])
-    for number in range(count):
-        damaged = number % 20 == 7
-        if number % 3 == 0:
-            values = rng.integers(50, 200, (1, 16, 18, 8)).astype(np.float32)
-            folder = tree / f"p{number}"
-            files = write_series(Volume(values, affine), folder, modality="MR", seed=number, patient_id=f"P{number}")
-            if damaged:
-                files[3].write_bytes(files[3].read_bytes()[:-90])
-            continue
-        file = tree / f"n{number}.nii.gz"
-        file.parent.mkdir(exist_ok=True)
-        shutil.copyfile(place / "data" / "images" / f"c{number % 4}.nii.gz", file)
-        if damaged:
-            file.write_bytes([b"", file.read_bytes()[:-50], b"\x1f\x8b broken"][number // 20 % 3])
-    return tree
+@dataclass(frozen=True)
+class Inputs:
+    """A tree of studies.
+
+    Attributes
+    ----------
+    codes : name in `tree` of each damaged study -> the reason code that it must get.
+    """
+
+    tree: Path
+    codes: dict[str, str]
+
+
+Plant = Callable[[int], Inputs]
+
+
+@pytest.fixture(scope="module")
+def planted(place: Path, plant_studies: Callable[..., dict[str, str]], request: pytest.FixtureRequest) -> Plant:
+    """Builder of trees, each made once: of 500 real hippocampi where they are there, else (and of 20) of phantoms."""
+    made: dict[int, Inputs] = {}
+
+    def build(count: int) -> Inputs:
+        if count not in made:
+            image = request.getfixturevalue("phantom_image")
+            if count == FULL["total"]:
+                try:
+                    image = request.getfixturevalue("hippocampus_crop")
+                except pytest.skip.Exception as absent:
+                    warnings.warn(f"phantoms instead of hippocampi: {absent.msg}", stacklevel=1)
+            made[count] = Inputs(place / f"tree{count}", plant_studies(place / f"tree{count}", image, count))
+        return made[count]
+
+    return build
 
 
 def tree(out: Path) -> dict[str, bytes]:
@@ -73,13 +83,21 @@ def tree(out: Path) -> dict[str, bytes]:
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in files}
 
 
+def refusals(out: Path) -> dict[str, str]:
+    """Return name of file or folder -> code of the studies that are not done, from what stands in OUT alone."""
+    places = {row["id"]: Path(row["path"]).name for row in csv.DictReader((out / "private" / "linkage.csv").open())}
+    entries = [json.loads(p.read_text()) for p in (out / "ledger").glob("*.json")]
+    assert {entry["state"] for entry in entries if entry["code"]} <= {"refused"}
+    return {places[entry["id"]]: entry["code"] for entry in entries if entry["state"] != "done"}
+
+
 def attempts(out: Path) -> dict[str, int]:
     return {p.stem: json.loads(p.read_text())["attempts"] for p in (out / "journal").glob("*.json")}
 
 
-def command(place: Path, inputs: Path, out: Path, *options: str) -> list[str]:
+def command(place: Path, inputs: Inputs, out: Path, *options: str) -> list[str]:
     model = str(place / "run")
-    return [sys.executable, "-m", "medseg", "predict", str(inputs), "--model", model, "--out", str(out), *options]
+    return [sys.executable, "-m", "medseg", "predict", str(inputs.tree), "--model", model, "--out", str(out), *options]
 
 
 @contextmanager
@@ -159,7 +177,7 @@ class Campaign:
                     break
         return killed
 
-    def run(self, undisturbed: Path, damaged: int) -> None:
+    def run(self, undisturbed: Path, codes: dict[str, str]) -> None:
         """Disturb, then let the commands end, and compare."""
         killed = self.disturb()
         assert killed > self.kills // 2
@@ -168,23 +186,23 @@ class Campaign:
             assert last.returncode in (0, 3), last.stderr
         if len(self.words) == 1:
             assert last.returncode == 3, last.stderr
-            assert f"{self.total - damaged} of {self.total} studies done" in last.stdout
+            assert f"{self.total - len(codes)} of {self.total} studies done" in last.stdout
         found, expected = tree(self.out), tree(undisturbed)
         assert sorted(found) == sorted(expected)
         assert {name for name in found if found[name] != expected[name]} == set()
-        entries = [json.loads(p.read_text()) for p in (self.out / "ledger").glob("*.json")]
-        assert sum(entry["state"] == "refused" and bool(entry["code"]) for entry in entries) == damaged
+        assert refusals(self.out) == codes
         # Only what was in flight is done again: what that worker had, or all that the commands had.
         again = STAGES * killed + self.width * self.commands
         assert sum(attempts(self.out).values()) - self.total <= again
 
 
-def undisturbed(place: Path, inputs: Path) -> Path:
-    out = place / f"undisturbed-{inputs.name}"
+def undisturbed(place: Path, inputs: Inputs) -> Path:
+    out = place / f"undisturbed-{inputs.tree.name}"
     if not (out / "summary.csv").exists():
         with pytest.MonkeyPatch.context() as patch:  # one key for all runs gives DICOM studies the same names
             patch.setenv("MEDSEG_KEY_FILE", environment(place)["MEDSEG_KEY_FILE"])
-            api.predict(inputs, model=place / "run", out=out)
+            api.predict(inputs.tree, model=place / "run", out=out)
+        assert refusals(out) == inputs.codes
     return out
 
 
@@ -193,38 +211,55 @@ FULL = {"total": 500, "kills": 60, "commands": 20}
 sizes = pytest.mark.parametrize("size", [REDUCED, pytest.param(FULL, marks=pytest.mark.soak)], ids=["20", "500"])
 
 
+def test_each_way_to_damage_a_study_has_its_reason(
+    place: Path,
+    tmp_path: Path,
+    plant_studies: Callable[..., dict[str, str]],
+    phantom_image: Callable[..., object],
+    ways_to_damage: int,
+) -> None:
+    total = 3 * ways_to_damage
+    # NIfTI files are two of three: half of them, and all series.
+    codes = plant_studies(tmp_path / "in", phantom_image, total, damaged=[n for n in range(total) if n % 3 < 2])
+    assert len(codes) == 2 * ways_to_damage
+    api.predict(tmp_path / "in", model=place / "run", out=tmp_path / "out")
+    assert refusals(tmp_path / "out") == codes
+
+
 @sizes
-def test_workers_and_commands_killed(place: Path, tmp_path: Path, size: dict[str, int]) -> None:
-    inputs, out = plant(place, size["total"]), tmp_path / "out"
+def test_workers_and_commands_killed(place: Path, planted: Plant, tmp_path: Path, size: dict[str, int]) -> None:
+    inputs, out = planted(size["total"]), tmp_path / "out"
     words = [command(place, inputs, out, "--workers", "2")]
     campaign = Campaign(place, out, words, seed=1, width=2 * STAGES, **size)
-    campaign.run(undisturbed(place, inputs), size["total"] // 20)
+    campaign.run(undisturbed(place, inputs), inputs.codes)
 
 
 @sizes
-def test_workers_and_commands_of_shards_killed(place: Path, tmp_path: Path, size: dict[str, int]) -> None:
-    inputs, out = plant(place, size["total"]), tmp_path / "out"
+def test_workers_and_commands_of_shards_killed(
+    place: Path, planted: Plant, tmp_path: Path, size: dict[str, int]
+) -> None:
+    inputs, out = planted(size["total"]), tmp_path / "out"
     words = [command(place, inputs, out, "--shard", f"{number}/2") for number in (1, 2)]
     campaign = Campaign(place, out, words, seed=2, width=2 * STAGES, **size)
-    campaign.run(undisturbed(place, inputs), size["total"] // 20)
+    campaign.run(undisturbed(place, inputs), inputs.codes)
 
 
 @sizes
-def test_workers_of_dask_and_commands_killed(place: Path, tmp_path: Path, size: dict[str, int]) -> None:
+def test_workers_of_dask_and_commands_killed(place: Path, planted: Plant, tmp_path: Path, size: dict[str, int]) -> None:
     """A real scheduler and two workers, on this machine; what they guard is killed, and the command."""
-    inputs, out = plant(place, size["total"]), tmp_path / "out"
+    inputs, out = planted(size["total"]), tmp_path / "out"
     calm = undisturbed(place, inputs)
     with dask(place, 2) as (uri, workers):
         words = [command(place, inputs, out, "--scheduler", uri)]
         campaign = Campaign(place, out, words, seed=3, width=2, roots=workers, **size)
-        campaign.run(calm, size["total"] // 20)
+        campaign.run(calm, inputs.codes)
         assert len(workers_below(workers)) <= 2 * KEPT, "runs that are over keep no models in memory"
 
 
-def test_two_shards_and_a_command_share_a_folder(place: Path, tmp_path: Path) -> None:
+def test_two_shards_and_a_command_share_a_folder(place: Path, planted: Plant, tmp_path: Path) -> None:
     """Two shards at once, then two whole commands at once: no study is done by two."""
     total = 20
-    inputs, out = plant(place, total), tmp_path / "out"
+    inputs, out = planted(total), tmp_path / "out"
     words = [command(place, inputs, out, "--shard", f"{n}/2") for n in (1, 2)]
     with running(place, words[0]) as one, running(place, words[1]) as two:
         assert {one.wait(), two.wait()} <= {0, 3}
@@ -261,8 +296,8 @@ def dask(place: Path, workers: int) -> Iterator[tuple[str, list[int]]]:
                 process.wait(60)
 
 
-def test_a_cluster_of_dask_on_this_machine(place: Path, tmp_path: Path) -> None:
-    inputs, out = plant(place, 20), tmp_path / "out"
+def test_a_cluster_of_dask_on_this_machine(place: Path, planted: Plant, tmp_path: Path) -> None:
+    inputs, out = planted(20), tmp_path / "out"
     (tmp_path / "cluster.yaml").write_text("kind: local\nworkers: 2\n")
     words = command(place, inputs, out, "--cluster", str(tmp_path / "cluster.yaml"))
     last = subprocess.run(words, env=environment(place), capture_output=True, text=True, check=False)
