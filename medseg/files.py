@@ -7,8 +7,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,46 @@ def write_atomically(
         if synced:
             sync_folder(path.parent)
     except OSError as error:
-        raise ExportError(
-            f"{path.name}: cannot be written ({error.strerror or error}); nothing was left under this name. "
-            "Free space or choose another --out, then run the same command again.",
-            code="DISK_FULL" if is_full(error) else "NOT_WRITABLE",
-        ) from error
+        raise _refused(path.name, error) from error
     finally:
         # What hinders this removal has hindered the writing too, and that is what must be told.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give an empty folder inside `folder`; the files that are in it when the block ends take their places in `folder`.
+
+    If the block raises, what stands in `folder` stays as it is, under the same names too.
+
+    Raises
+    ------
+    ExportError : the disk is full or the folder not writable.
+    """
+    aside = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}"
+    try:
+        try:
+            aside.mkdir(parents=True)
+        except OSError as error:
+            raise _refused(folder.name, error) from error
+        yield aside
+        for file in sorted(aside.iterdir()):
+            try:
+                os.replace(file, folder / file.name)
+            except OSError as error:
+                raise _refused(file.name, error) from error
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _refused(name: str, error: OSError) -> ExportError:
+    return ExportError(
+        f"{name}: cannot be written ({error.strerror or error}); nothing was left under this name. "
+        "Free space or choose another --out, then run the same command again.",
+        code="DISK_FULL" if is_full(error) else "NOT_WRITABLE",
+    )
 
 
 def is_full(error: OSError) -> bool:
@@ -67,8 +100,11 @@ def is_full(error: OSError) -> bool:
 def sweep(folder: Path, *, deep: bool = True) -> None:
     """Remove what killed processes left half written in `folder` and (`deep`) below it."""
     pattern = f"{PARTIAL_PREFIX}*"
-    for leftover in (folder.rglob(pattern) if deep else folder.glob(pattern)) if folder.is_dir() else ():
-        leftover.unlink(missing_ok=True)
+    for leftover in sorted(folder.rglob(pattern) if deep else folder.glob(pattern)) if folder.is_dir() else ():
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, mode: int | None = None, synced: bool = True) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medseg.batch.job import Settings
-from medseg.batch.ledger import Entry, Ledger
+from medseg.batch.ledger import COSTLY, Entry, Ledger
 from medseg.batch.locks import study_lock
 from medseg.batch.placing import IMAGE_SUFFIX
-from medseg.batch.study_input import StudyInput
+from medseg.batch.study_input import INPUT_AWAY, UNREAD, StudyInput
 from medseg.errors import ExportError
 from medseg.exporters import EXPORTERS
 
@@ -99,9 +99,13 @@ def attempt(study: StudyInput, settings: Settings, model: Callable[[], Model], *
         if known is not None:
             ledger.forget_flight(study.id)
             return Outcome(known)
+        if study.passing or source == UNREAD:
+            spared = without_input(study, settings)
+            if spared is not None:
+                return spared
         loaded = model()
         course.enter("reading", input_digest=source)
-        return Outcome(_attempt(study, source, settings, loaded, ledger, course), fresh=True)
+        return _attempt(study, source, settings, loaded, ledger, course)
 
 
 def settled(study: StudyInput, source: str, settings: Settings) -> Entry | None:
@@ -112,7 +116,36 @@ def settled(study: StudyInput, source: str, settings: Settings) -> Entry | None:
     )
 
 
-def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, ledger: Ledger, course: Course) -> Entry:
+def without_input(study: StudyInput, settings: Settings) -> Outcome | None:
+    """Return what becomes of a study that is done and whose input cannot be read now; None of one that is not done.
+
+    Nothing is known to be wrong with it: it stays done, with the note INPUT_AWAY in what is returned alone. Where it
+    would have to be done again (another model, another format, a lost file), that fails, and what is there stays.
+    """
+    ledger = Ledger(settings.out)
+    before = ledger.read(study.id)
+    if before is None or before.state != "done":
+        return None
+    known = settled(study, before.input_digest, settings)
+    if known is not None:
+        ledger.forget_flight(study.id)
+        return Outcome(known.model_copy(update={"notes": (*known.notes, INPUT_AWAY)}))
+    entry = Entry(
+        id=study.id,
+        state="failed",
+        code=INPUT_AWAY,
+        message="its input cannot be read now (rights, or a drive that does not answer): repeat the command when it can",
+        input_digest="",
+        model_digest=settings.recipe,
+    )
+    if before.model_digest == settings.recipe:
+        commit(ledger, entry, {})
+    return Outcome(entry, fresh=True)
+
+
+def _attempt(
+    study: StudyInput, source: str, settings: Settings, model: Model, ledger: Ledger, course: Course
+) -> Outcome:
     from medseg.batch.study import segment
 
     ledger.attempt(study.id)
@@ -131,6 +164,11 @@ def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, l
         max_memory=settings.max_memory,
         course=noted,
     )
+    if entry.state == "refused" and study.digest() == UNREAD:  # it went away while it was read
+        spared = without_input(study, settings)
+        if spared is not None:
+            ledger.end(study.id, {})
+            return spared
     facts: dict[str, object] = {"seconds": round(time.monotonic() - began - noted.waited, 3), "peak_mb": _peak()}
     try:
         commit(ledger, entry, facts)
@@ -138,24 +176,24 @@ def _attempt(study: StudyInput, source: str, settings: Settings, model: Model, l
         with contextlib.suppress(ExportError):  # nor may this have a place to be written
             ledger.end(study.id, {})
         raise
-    return entry
+    return Outcome(entry, fresh=True)
 
 
 def commit(ledger: Ledger, entry: Entry, facts: dict[str, object], *, forgive: bool = True) -> None:
     """Write how a study ended; a study that is not done keeps no file of an earlier input or model.
 
-    A study that was done and failed to get another format stays done, as it was. With `forgive` the deaths of its
-    workers no longer count against it.
+    A study that was done and failed to get another format stays done, as it was; what cost its worker is remembered in
+    the journal. With `forgive` the deaths of its workers no longer count against it.
     """
     kept = ledger.outlasting(entry)
     if entry.state != "done":
         # A mask of an earlier input or model must not pass for the result of this one.
         for suffix in (*(exporter.suffix for _, exporter in EXPORTERS.items()), IMAGE_SUFFIX):
-            if f"{entry.id}{suffix}" not in kept:
+            if kept is None or f"{entry.id}{suffix}" not in kept.outputs:
                 (ledger.out / f"{entry.id}{suffix}").unlink(missing_ok=True)
-    ledger.end(entry.id, facts, forgive=forgive)
-    if not kept:
-        ledger.write(entry)
+    cost = {"cost": entry.code} if kept is not None and entry.code in COSTLY else {}
+    ledger.end(entry.id, {**facts, **cost}, forgive=forgive)
+    ledger.write(kept or entry)
 
 
 def _reset_peak() -> None:

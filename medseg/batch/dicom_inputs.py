@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from medseg.batch.names import LINKAGE
 from medseg.batch.study_input import StudyInput
 from medseg.cases import study_id, study_key
 from medseg.errors import MedsegError, ReadError
@@ -48,7 +49,9 @@ def dicom_inputs(places: Sequence[Path], spec: Spec, archives: Archives) -> list
 
 def _lost_input(part: Lost, origin: Path) -> StudyInput:
     words = (part.uid,) if part.uid else (str(place_of(origin)),)
-    return StudyInput(keyed_id("case", *words), part.files or (part.place,), None, origin, refusal=part.error())
+    error = part.error()
+    refusal = type(error)(f"{error} ({LINKAGE} says where it is)", code=error.code) if part.unread else error
+    return StudyInput(keyed_id("case", *words), part.files or (part.place,), None, origin, refusal=refusal)
 
 
 def chosen_input(name: str, spec: Spec, series: Sequence[SeriesFiles], order: Sequence[str]) -> StudyInput:

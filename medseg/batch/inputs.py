@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -11,10 +12,10 @@ from typing import Literal
 from medseg.batch.archived import member_name, refused_archives, with_origins
 from medseg.batch.dicom_inputs import chosen_input, dicom_inputs
 from medseg.batch.names import refuse_same_names, told_apart
-from medseg.batch.study_input import StudyInput
+from medseg.batch.study_input import INPUT_AWAY, StudyInput
 from medseg.errors import BatchError, MedsegError, ReadError
 from medseg.exporters import EXPORTERS
-from medseg.files import place_of
+from medseg.files import PARTIAL_PREFIX, place_of
 from medseg.readers.archives import Archives, unpacked
 from medseg.readers.dicom_scan import scan
 from medseg.readers.nifti import is_nifti, stem
@@ -31,11 +32,25 @@ def opened_inputs(
     """Give the studies of `find_inputs`, those in archives too, which are unpacked for as long as the block lasts.
 
     Archives in a dataset's folder are not looked for. They are unpacked below OUT/private, which nobody else reads.
+
+    Raises
+    ------
+    BatchError : as `find_inputs`; INPUT_AWAY, the system does not say what is there.
     """
-    others = [path for path in paths if not path.exists() or _is_dataset(path)]
-    with unpacked([path for path in paths if path not in others], scratch=out / "private") as archives:
-        everything = [*others, *archives.paths]
-        yield find_inputs(everything, spec, choice=choice, splits=splits, out=out, archives=archives)
+    with ExitStack() as stack:
+        try:
+            others = [path for path in paths if not path.exists() or _is_dataset(path)]
+            rest = [path for path in paths if path not in others]
+            archives = stack.enter_context(unpacked(rest, scratch=out / "private"))
+            everything = [*others, *archives.paths]
+            found = find_inputs(everything, spec, choice=choice, splits=splits, out=out, archives=archives)
+        except OSError as error:
+            raise BatchError(
+                f"the inputs cannot be looked through ({error.strerror or type(error).__name__}): look at their drive "
+                "and at the rights to read it, then run the same command again; what is done stays done",
+                code=INPUT_AWAY,
+            ) from error
+        yield found
 
 
 def find_inputs(
@@ -78,7 +93,7 @@ def find_inputs(
             images.append(path)
         else:
             images += (
-                sorted(p for p in path.rglob("*") if _is_input(p, path, out, pictures=spec.unit == "pixel"))
+                sorted(p for p in _files_below(path) if _is_input(p, path, out, pictures=spec.unit == "pixel"))
                 if path.is_dir()
                 else []
             )
@@ -109,7 +124,8 @@ def _is_input(path: Path, root: Path, out: Path | None, *, pictures: bool) -> bo
     if (
         not (is_nifti(path) or (pictures and is_picture(path)))
         or path.name.startswith(".")
-        or not (path.is_file() or dangling)
+        or path.parent.name.startswith(PARTIAL_PREFIX)
+        or not (_is_regular(path) or dangling)
     ):
         return False
     # A mask (or corrected image) of this or an earlier run, for example of another model, below the input.
@@ -119,6 +135,20 @@ def _is_input(path: Path, root: Path, out: Path | None, *, pictures: bool) -> bo
         return True
     place, found = place_of(out), place_of(path)
     return not (place_of(root) in place.parents and place in found.parents)
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder; folders that may not be listed are told of by the search for series."""
+    for place, _, names in os.walk(folder):
+        yield from (Path(place) / name for name in names)
+
+
+def _is_regular(path: Path) -> bool:
+    """Tell whether it is a file; one of which the system tells nothing may be one, and is refused later."""
+    try:
+        return path.is_file()
+    except OSError:
+        return True
 
 
 def _is_dataset(path: Path) -> bool:

@@ -98,25 +98,29 @@ class Ledger:
             return None
         if entry.state == "done" and not set(outputs) <= set(entry.outputs):
             return None
-        return entry if self._intact(entry) else None
+        return entry if self._intact(entry) == entry.outputs else None
 
-    def outlasting(self, failed: Entry) -> tuple[str, ...]:
-        """Return the files of OUT that outlast a failed attempt: they are those of the same input and model.
+    def outlasting(self, failed: Entry) -> Entry | None:
+        """Return the entry that outlasts a failed attempt: of the same input and model, with the files that are intact.
 
-        The attempt then was to add a format, which is no reason to lose what is there. Nor is one that ended before it
-        had read the input, whose digest is then not known.
+        The attempt then was to add a format, or to replace a lost file, which is no reason to lose what is there. Nor
+        is one that ended before it had read the input, whose digest is then not known.
         """
         entry = self.read(failed.id)
         if entry is None or (failed.state, entry.state) != ("failed", "done"):
-            return ()
+            return None
         same = failed.input_digest in ("", entry.input_digest) and failed.model_digest == entry.model_digest
-        return tuple(entry.outputs) if same and self._intact(entry) else ()
+        outputs = self._intact(entry) if same else {}
+        return entry.model_copy(update={"outputs": outputs}) if outputs else None
 
-    def _intact(self, entry: Entry) -> bool:
-        return all(
-            (self.out / name).is_file() and file_digest(self.out / name) == expected
+    def _intact(self, entry: Entry) -> dict[str, str]:
+        """Return the outputs that are what the entry says."""
+        files = {name: self.out / name for name in entry.outputs}
+        return {
+            name: expected
             for name, expected in entry.outputs.items()
-        )
+            if files[name].is_file() and file_digest(files[name]) == expected
+        }
 
     def attempt(self, study: str) -> int:
         """Count an attempt before it begins, and return which it is (from 1)."""
@@ -132,15 +136,19 @@ class Ledger:
         self._put(study, {**self.facts(study), **facts})
 
     def end(self, study: str, facts: dict[str, Any], *, forgive: bool = True) -> None:
-        """Note that the attempt is over, however it ended; deaths of earlier ones are forgiven unless told."""
+        """Note that the attempt is over, however it ended; deaths of earlier ones are forgiven unless told.
+
+        A fact `cost` is the code by which an attempt on a study that is done, and stays so, ended its worker.
+        """
         before = self._landed(study)
         kept = {name: fact for name, fact in before.items() if not forgive or name not in ("deaths", "deaths_of")}
         self._put(study, {**kept, **facts, "ended": now()})
 
     def forget_flight(self, study: str) -> None:
-        """Note that no attempt is under way: its process died after the study was committed."""
-        if self.in_flight(study):
-            self._put(study, self._landed(study))
+        """Note that no attempt is under way, or is to be made: its process died after the study was committed."""
+        facts = self.facts(study)
+        if facts.get("state") in IN_FLIGHT or "cost" in facts:
+            self._put(study, {name: fact for name, fact in facts.items() if name not in ("state", "cost")})
 
     def in_flight(self, study: str) -> bool:
         """Tell whether an attempt began and did not end: it is under way, or its process was killed."""
@@ -151,7 +159,7 @@ class Ledger:
         facts = self.facts(study)
         entry = self.read(study)
         costly = entry is not None and entry.state == "failed" and entry.code in COSTLY
-        return facts.get("state") in IN_FLIGHT or bool(facts.get("deaths")) or costly
+        return facts.get("state") in IN_FLIGHT or bool(facts.get("deaths") or facts.get("cost")) or costly
 
     def death(self, study: str, input_digest: str) -> int:
         """Count a death of the worker of this study, which was alone, and return how many there were from this input.

@@ -22,7 +22,7 @@ from medseg.batch.memory import memory_text
 from medseg.batch.names import LINKAGE, read_linkage
 from medseg.batch.shards import Shard
 from medseg.batch.status import Status, Tally, announce, finish_run, forget_runs
-from medseg.batch.study_input import StudyInput
+from medseg.batch.study_input import INPUT_AWAY, StudyInput
 from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
 from medseg.exporters import EXPORTERS, choose_formats
@@ -137,6 +137,8 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
                 aside = workers is not None
                 warn(memory_text(studies, models, max_memory, soft=soft, mirror=mirror, aside=aside))
             found = _do(studies, settings, engine, progress, watch)
+            if unread := _away(found):
+                warn(unread)
             if tables:
                 write_summary(out, spec)
             finish_run(out)
@@ -184,6 +186,17 @@ def _of_others(out: Path, studies: Sequence[StudyInput], made_by: str) -> str:
     return (
         f"{count} masks in {out.name} were made by another model or other options, of studies that are not among these "
         "inputs: they stay as they are (model_digest in ledger/<id>.json); choose another --out to keep results apart"
+    )
+
+
+def _away(entries: Sequence[Entry]) -> str:
+    """Return a warning if the inputs of studies that are done could not be read."""
+    count = sum(INPUT_AWAY in (entry.code, *entry.notes) for entry in entries)
+    if not count:
+        return ""
+    return (
+        f"{count} studies could not be compared with their inputs, which cannot be read now (rights, or a drive that "
+        f"does not answer): what is done of them stays ({INPUT_AWAY}); repeat the command when they can be read"
     )
 
 

@@ -24,7 +24,7 @@ from medseg.errors import BundleError, ExportError, GeometryError, MedsegError, 
 from medseg.exporters import EXPORTERS
 from medseg.exporters.nifti import write_nifti
 from medseg.exporters.result import DICOM_ONLY, PICTURES_ONLY, Result
-from medseg.files import file_digest
+from medseg.files import file_digest, staged
 from medseg.inference.predict import Model, Prediction, predict_case
 from medseg.quality.apply import Quality
 from medseg.readers.dicom_regular import FIGURES
@@ -147,20 +147,24 @@ def _with_earlier(formats: Sequence[str], study: StudyInput, ledger: Ledger) -> 
 
 
 def _write(placed: Placed, formats: Sequence[str], out: Path, study: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Write a result in every format; return file name -> SHA-256, and the notes of the exporters, each once."""
+    """Write a result in every format; return file name -> SHA-256, and the notes of the exporters, each once.
+
+    Files of an earlier run are replaced when all are written: if one cannot be, they stay, and so does their entry.
+    """
     outputs: dict[str, str] = {}
     notes: dict[str, None] = {}
-    for name in formats:
-        file = out / f"{study}{EXPORTERS[name].suffix}"
-        result = placed.dicom if EXPORTERS[name].dicom else placed.nifti
-        notes |= dict.fromkeys(EXPORTERS[name].write(file, result))
-        outputs[file.name] = file_digest(file)
-    image = out / f"{study}{IMAGE_SUFFIX}"
-    if placed.image is not None and "nifti" in formats:
-        write_nifti(image, placed.image)
-        outputs[image.name] = file_digest(image)
-    else:
-        image.unlink(missing_ok=True)
+    with staged(out) as folder:
+        for name in formats:
+            file = folder / f"{study}{EXPORTERS[name].suffix}"
+            result = placed.dicom if EXPORTERS[name].dicom else placed.nifti
+            notes |= dict.fromkeys(EXPORTERS[name].write(file, result))
+            outputs[file.name] = file_digest(file)
+        image = folder / f"{study}{IMAGE_SUFFIX}"
+        if placed.image is not None and "nifti" in formats:
+            write_nifti(image, placed.image)
+            outputs[image.name] = file_digest(image)
+    if image.name not in outputs:
+        (out / image.name).unlink(missing_ok=True)
     return outputs, tuple(notes)
 
 

@@ -178,9 +178,8 @@ def _series_facts(row: SeriesFiles, archives: Archives) -> SeriesFacts:
         origin=folder,
     )
     if refusal is not None:
-        advice = REFUSALS[refusal.code].advice
         spacing = first.spacing[::-1] if first.spacing else ()
-        return replace(facts, spacing=spacing, code=refusal.code, message=refusal.text, advice=advice)
+        return replace(facts, spacing=spacing, code=refusal.code, message=refusal.text, advice=refusal.advice)
     headers = list({header.key: header for header in row.headers}.values())
     steps = np.linalg.norm(series_grid(headers).affine[:3, :3], axis=0)
     return replace(facts, spacing=tuple(round(float(step), 4) for step in steps))
@@ -196,7 +195,7 @@ def _read(row: SeriesFiles, facts: SeriesFacts) -> SeriesFacts:
         if error.code not in REFUSALS:
             return replace(facts, code=error.code, message=str(error))
         found = reason(error)
-        return replace(facts, code=found.code, message=found.text, advice=REFUSALS[found.code].advice)
+        return replace(facts, code=found.code, message=found.text, advice=found.advice)
     return replace(facts, notes=volume.notes)
 
 
@@ -210,7 +209,7 @@ def _lost_facts(part: Lost, archives: Archives) -> SeriesFacts:
         files=len(part.files),
         code=found.code,
         message=found.text,
-        advice=REFUSALS[found.code].advice,
+        advice=found.advice,
         origin=place,
     )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,12 +46,14 @@ class Damage:
     series_uid : of the series that it says it belongs to, "" where it does not say.
     certain : whether that can be believed without a second witness.
     object_only : whether it is surely no image.
+    unread : the system did not give the file (rights, a drive that does not answer): it may be sound.
     """
 
     path: Path = field(repr=False)
     series_uid: str = field(default="", repr=False)
     certain: bool = False
     object_only: bool = False
+    unread: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,20 @@ class Lost:
     uid : of their series, "" where they do not say.
     place : their folder.
     files : the files; none for a folder that may not be listed.
+    unread : the system gave none of them, so that nothing is known to be damaged.
     """
 
     uid: str = field(repr=False)
     place: Path = field(repr=False)
     files: tuple[Path, ...] = field(repr=False)
+    unread: bool = False
 
     def error(self) -> MedsegError:
         """Return the refusal of this study."""
-        text = f"{len(self.files)} damaged DICOM files belong to no series that can be read"
-        return refuse("UNREADABLE", text if self.files else "the folder may not be listed by this user")
+        if self.unread:
+            text = f"{len(self.files)} DICOM files may not be read" if self.files else "the folder may not be listed"
+            return Refusal("UNREADABLE", text, passing=True).error()
+        return refuse("UNREADABLE", f"{len(self.files)} damaged DICOM files belong to no series that can be read")
 
 
 def is_uid(text: str) -> bool:
@@ -85,7 +91,7 @@ def examine(path: Path) -> Damage:
     try:
         tags, cut = told_by(path, WANTED)
     except OSError:
-        return Damage(path)
+        return Damage(path, unread=True)
     uid = str(tags.get("SeriesInstanceUID") or "")
     kinds = {str(tags.get("SOPClassUID") or ""), str(tags.meta.get("MediaStorageSOPClassUID") or "")}
     name = known_class(kinds.pop()) if len(kinds) == 1 else ""
@@ -99,6 +105,7 @@ def judge(
     """Refuse every series that may have lost a slice to a damaged file; also return what belongs to none of them."""
     damages = [damage for damage in damages if not damage.object_only]
     known = {row.uid for row in series}
+    unread = {damage.path for damage in damages if damage.unread}
     told = Counter(damage.series_uid for damage in damages)
     by_uid: dict[str, list[Path]] = defaultdict(list)
     by_folder: dict[Path, list[Path]] = defaultdict(list)
@@ -110,12 +117,14 @@ def judge(
             by_folder[damage.path.parent].append(damage.path)
     sick = _sick_files(series)
     judged = tuple(
-        _doubt(row, len(by_uid[row.uid]) + sick[row.uid, row.headers[0].sop_class], by_folder) for row in series
+        _doubt(row, len(by_uid[row.uid]) + sick[row.uid, row.headers[0].sop_class], by_folder, unread) for row in series
     )
     places = {file.parent for row in series for file in row.files}
     lost = [Lost(uid, files[0].parent, tuple(files)) for uid, files in by_uid.items() if files and uid not in known]
-    lost += [Lost("", folder, tuple(files)) for folder, files in by_folder.items() if folder not in places]
-    return judged, (*lost, *(Lost("", folder, ()) for folder in locked))
+    lost += [
+        Lost("", folder, tuple(files), unread >= set(files)) for folder, files in by_folder.items() if folder not in places
+    ]
+    return judged, (*lost, *(Lost("", folder, (), unread=True) for folder in locked))
 
 
 def _sick_files(series: Sequence[SeriesFiles]) -> Counter[tuple[str, str]]:
@@ -127,14 +136,16 @@ def _sick_files(series: Sequence[SeriesFiles]) -> Counter[tuple[str, str]]:
     return count
 
 
-def _doubt(row: SeriesFiles, own: int, by_folder: dict[Path, list[Path]]) -> SeriesFiles:
+def _doubt(row: SeriesFiles, own: int, by_folder: dict[Path, list[Path]], unread: Collection[Path]) -> SeriesFiles:
     if row.refusal is not None and row.refusal.code not in EXPLAINED:
         return row
-    beside = sum(len(by_folder.get(folder, ())) for folder in {file.parent for file in row.files})
+    beside = [file for folder in {file.parent for file in row.files} for file in by_folder.get(folder, ())]
+    passing = not own and all(file in unread for file in beside)
     if own:
         text = f"{own} of its files are damaged, beside {len(row.files)} that are not"
     elif beside:
-        text = f"{beside} damaged DICOM files lie beside its {len(row.files)} slices, which may be incomplete"
+        what = "files that may not be read" if passing else "damaged DICOM files"
+        text = f"{len(beside)} {what} lie beside its {len(row.files)} slices, which may be incomplete"
     else:
         return row
-    return replace(row, refusal=Refusal("UNREADABLE", text))
+    return replace(row, refusal=Refusal("UNREADABLE", text, passing))

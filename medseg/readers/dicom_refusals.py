@@ -21,6 +21,11 @@ class Kind:
 
 _SPLIT = "export its parts as series of their own (in Python, find_series() lists the parts that can be read)"
 _EXPORT = "export the series again from the PACS or scanner"
+PASSING = (
+    "give the user who runs this the right to read files and to list folders there, and look whether their drive "
+    "answers; then run the same command again"
+)
+"""Advice where the system did not give a file or folder: nothing is known to be damaged."""
 _ALLOW = "allow uneven gaps to be corrected by resampling (--allow irregular)"
 
 REFUSALS: dict[str, Kind] = {
@@ -74,23 +79,35 @@ REFUSALS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a series is not read: a code of REFUSALS and the facts in words."""
+    """Why a series is not read: a code of REFUSALS and the facts in words.
+
+    Attributes
+    ----------
+    passing : the system did not give a file or folder, which may pass.
+    """
 
     code: str
     text: str
+    passing: bool = False
+
+    @property
+    def advice(self) -> str:
+        """What a person can do."""
+        return PASSING if self.passing else REFUSALS[self.code].advice
 
     def error(self) -> MedsegError:
         """Return the error to raise."""
-        return refuse(self.code, self.text)
+        text = f"DICOM series refused, {self.code}: {self.text}; {self.advice}"
+        return REFUSALS[self.code].error(text, code=self.code)
 
 
 def refuse(code: str, text: str) -> MedsegError:
     """Return (not raise) the error of `code` with the facts of this case and the advice."""
-    kind = REFUSALS[code]
-    return kind.error(f"DICOM series refused, {code}: {text}; {kind.advice}", code=code)
+    return Refusal(code, text).error()
 
 
 def reason(error: MedsegError) -> Refusal:
     """Turn an error made by `refuse` back into its code and facts."""
     text = str(error).removeprefix(f"DICOM series refused, {error.code}: ")
-    return Refusal(error.code, text.removesuffix("; " + REFUSALS[error.code].advice))
+    passing = text.endswith("; " + PASSING)
+    return Refusal(error.code, text.removesuffix("; " + (PASSING if passing else REFUSALS[error.code].advice)), passing)

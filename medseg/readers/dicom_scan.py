@@ -87,7 +87,7 @@ def scan(paths: Path | Iterable[Path]) -> Found:
     tree = walk(paths)
     files, locked = tree.files, [path for path in tree.locked if path.is_dir()]
     groups: dict[str, list[Header]] = {}
-    damages = [Damage(path) for path in tree.locked if not path.is_dir() and may_be_slice(path.name)]
+    damages = [Damage(path, unread=True) for path in tree.locked if not path.is_dir() and may_be_slice(path.name)]
     others: list[Path] = []
     for path, outcome in zip(files, read_all(files), strict=True):
         if isinstance(outcome, Damage):

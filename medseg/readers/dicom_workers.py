@@ -40,7 +40,7 @@ def read_one(path: Path) -> Outcome:
     try:
         header = read_header(path)
     except PermissionError:
-        return Damage(path) if may_be_slice(path.name) else None
+        return Damage(path, unread=True) if may_be_slice(path.name) else None
     except PARSE_ERRORS:
         return examine(path)
     if header is not None and is_image(header) and not (is_sized(header) and is_uid(header.series_uid)):
