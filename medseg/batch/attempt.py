@@ -134,7 +134,7 @@ def without_input(study: StudyInput, settings: Settings) -> Outcome | None:
         id=study.id,
         state="failed",
         code=INPUT_AWAY,
-        message="its input cannot be read now (rights, or a drive that does not answer): repeat the command when it can",
+        message="its input cannot be read now (rights, or a drive that does not answer); repeat the command then",
         input_digest="",
         model_digest=settings.recipe,
     )

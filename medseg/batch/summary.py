@@ -35,15 +35,17 @@ def write_summary(out: Path, spec: Spec) -> None:
         rows = [(entry, ledger.facts(entry.id)) for entry in entries]
         values: dict[str, object] = {"rows": rows, "labels": list(spec.foreground), "unit": unit, "counts": counts}
         values["reasons"] = reasons
+        values["recipes"] = Counter(entry.model_digest for entry in entries if entry.state == "done").most_common()
         values["to_review"] = sum(entry.review is True for entry in entries)
         values["judged"] = any(entry.review is not None for entry in entries)
         write_text(out / PAGE, render("batch.html", model=spec.name, **values))
 
 
 def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
-    """Return a table of studies: id, state, code, message, notes and the volume of each label.
+    """Return a table of studies: id, state, code, message, notes, model_digest and the volume of each label.
 
-    Where the model estimates quality, also the Dice to expect of each label, whether a person should look, and why.
+    The digest is that of the ledger: of the model (`model_hash` in predictions.json) and the options that change its
+    answer. Where the model estimates quality, also the Dice to expect of each label, whether a person should look, and why.
     """
     unit = "ml" if spec.unit == "mm" else "pixels"
     judged = any(entry.review is not None for entry in entries)
@@ -52,11 +54,12 @@ def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
         names += [*(f"{name}_expected_dice" for name in spec.foreground), "review", "review_reasons"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "state", "code", "message", "notes", *names])
+    writer.writerow([*("id", "state", "code", "message", "notes", "model_digest"), *names])
     for entry in entries:
         row: list[object] = [entry.volumes_ml.get(name, "") for name in spec.foreground]
         if judged:
             row += [entry.expected_dice.get(name, "") for name in spec.foreground]
             row += [REVIEW[entry.review], "; ".join(entry.review_reasons)]
-        writer.writerow([entry.id, entry.state, entry.code, entry.message, " ".join(entry.notes), *row])
+        facts = entry.id, entry.state, entry.code, entry.message, " ".join(entry.notes), entry.model_digest
+        writer.writerow([*facts, *row])
     return text.getvalue()

@@ -121,9 +121,8 @@ def judge(
     )
     places = {file.parent for row in series for file in row.files}
     lost = [Lost(uid, files[0].parent, tuple(files)) for uid, files in by_uid.items() if files and uid not in known]
-    lost += [
-        Lost("", folder, tuple(files), unread >= set(files)) for folder, files in by_folder.items() if folder not in places
-    ]
+    alone = {folder: tuple(files) for folder, files in by_folder.items() if folder not in places}
+    lost += [Lost("", folder, files, unread >= set(files)) for folder, files in alone.items()]
     return judged, (*lost, *(Lost("", folder, (), unread=True) for folder in locked))
 
 

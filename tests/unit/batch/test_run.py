@@ -219,6 +219,19 @@ def test_another_model_or_mirroring_does_all_again(loaded: Model, images: Path, 
     assert json.loads((out / "predictions.json").read_text())["model_hash"] != first["model_hash"]
 
 
+def test_the_summary_says_which_model_made_each_mask(loaded: Model, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict([images], model=loaded, out=out, mirror=False)
+    first = json.loads((out / "predictions.json").read_text())["model_hash"]
+    predict([images / "a.nii.gz"], model=other_model(loaded, tmp_path / "other"), out=out, mirror=True)
+    second = json.loads((out / "predictions.json").read_text())["model_hash"]
+    rows = {row["id"]: row["model_digest"] for row in csv.DictReader((out / "summary.csv").open())}
+    assert rows == {"a": f"{second}+mirror", "b": first, "c": first}
+    page = (out / "journal" / "summary.html").read_text()
+    assert f"{second}+mirror" in page
+    assert first in page
+
+
 def test_masks_of_another_model_that_stay_are_told(loaded: Model, images: Path, tmp_path: Path) -> None:
     out, told = tmp_path / "out", list[str]()
     predict([images], model=loaded, out=out, warn=told.append)

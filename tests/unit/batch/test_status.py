@@ -131,9 +131,9 @@ def test_tables_over_all_studies(tmp_path: Path, make_spec: object) -> None:
     spec = make_spec(labels={"organ": 1})  # type: ignore[operator]
     write_summary(tmp_path, spec)
     assert (tmp_path / "summary.csv").read_text().splitlines() == [
-        "id,state,code,message,notes,organ_ml",
-        "a<b>,done,,,,2.5",
-        "b,refused,TRUNCATED,,,",
+        "id,state,code,message,notes,model_digest,organ_ml",
+        "a<b>,done,,,,m,2.5",
+        "b,refused,TRUNCATED,,,m,",
     ]
     page = (tmp_path / PAGE).read_text()
     for word in ("12.3", "567", "TRUNCATED", "a&lt;b&gt;", "2.50"):

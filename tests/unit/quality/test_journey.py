@@ -132,7 +132,7 @@ def test_a_bundle_of_before_says_nothing_and_its_tables_are_as_they_were(place: 
     result = api.predict(place / "data" / "images" / "c0.nii.gz", model=folder, out=tmp_path / "masks")
     assert result.entries[0].review is None
     header = (tmp_path / "masks" / "summary.csv").read_text().splitlines()[0]
-    assert header == "id,state,code,message,notes,ball_ml,box_ml"
+    assert header == "id,state,code,message,notes,model_digest,ball_ml,box_ml"
     assert file_digest(tmp_path / "masks" / "c0.nii.gz")
 
 
