@@ -49,11 +49,26 @@ def present(out: Path, *, sweep: Callable[[], None] = lambda: None) -> Iterator[
 
 def in_use(out: Path) -> bool:
     """Tell whether a run holds OUT now; also to somebody who may only read it (not on NFS, which then says no)."""
-    file = out / FOLDER / "run"
-    if not file.exists():
-        return False
+    return is_held(out / FOLDER / "run")
+
+
+@contextmanager
+def holding(file: Path) -> Iterator[None]:
+    """Hold a file that exists, so that others can tell that this process lives."""
+    handle = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_held(file: Path) -> bool:
+    """Tell whether a process holds a file; not where there is none, or where the file system has no locks."""
     try:
         handle = os.open(file, os.O_RDWR)
+    except FileNotFoundError:
+        return False
     except OSError:
         handle = os.open(file, os.O_RDONLY)
     try:

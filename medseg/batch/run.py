@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from medseg.batch.locks import alone, present
 from medseg.batch.memory import memory_text
 from medseg.batch.names import LINKAGE, read_linkage
 from medseg.batch.shards import Shard
-from medseg.batch.status import Status, Tally, announce, finish_run, forget_runs
+from medseg.batch.status import Status, Tally, announced, forget_runs
 from medseg.batch.study_input import INPUT_AWAY, StudyInput
 from medseg.batch.summary import write_summary
 from medseg.bundle import Bundle
@@ -115,14 +115,14 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
     names = choose_formats(formats) if formats else ()
     with _engine(model, workers) as (bundle, engine):
         spec = bundle.info.spec
-        with opened_inputs(inputs, spec, choice=choice, splits=splits, out=out) as studies, _held(out):
+        with opened_inputs(inputs, spec, choice=choice, splits=splits, out=out) as studies, _held(out) as stack:
             studies = [replace(study, allow=study.allow | set(allow)) for study in studies]
             info = bundle.info
             made_by = recipe(info, mirror)
             settings = Settings(out, bundle.folder, info.model_dump_json(), made_by, mirror, names, max_memory)
             kept = _of_others(out, studies, made_by)
             chosen = [study for study in studies if shard is None or shard.holds(study.id)]
-            announce(out, [study.id for study in chosen], made_by)
+            stack.enter_context(announced(out, [study.id for study in chosen], made_by))
             write_json(out / PROVENANCE, info.provenance(mirror))
             with alone(out, "tables"):
                 _write_linkage(out, studies)
@@ -141,7 +141,6 @@ def predict(  # noqa: PLR0913 - the options of the command are the parameters of
                 warn(unread)
             if tables:
                 write_summary(out, spec)
-            finish_run(out)
             return BatchResult(out, found, {study.id: study.origin for study in studies})
 
 
@@ -162,8 +161,11 @@ def _engine(model: Path | Bundle | Model, workers: Workers | None) -> Iterator[t
 
 
 @contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Hold OUT together with others; whoever is alone in it removes what killed processes left half written."""
+def _held(out: Path) -> Iterator[ExitStack]:
+    """Hold OUT together with others; whoever is alone in it removes what killed processes left half written.
+
+    What enters the stack that is given leaves before OUT is given back.
+    """
     begun = False
 
     def clean() -> None:
@@ -171,9 +173,9 @@ def _held(out: Path) -> Iterator[None]:
             sweep(folder, deep=False)
         forget_runs(out, unfinished=not begun)  # one that was killed or stopped still tells what is left
 
-    with present(out, sweep=clean):
+    with present(out, sweep=clean), ExitStack() as stack:
         begun = True
-        yield
+        yield stack
 
 
 def _of_others(out: Path, studies: Sequence[StudyInput], made_by: str) -> str:

@@ -7,14 +7,17 @@ import json
 import os
 import platform
 import time
+import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from medseg.batch.ledger import IN_FLIGHT, Ledger, now
-from medseg.batch.locks import alone, in_use
+from medseg.batch.locks import alone, holding, in_use, is_held
 from medseg.display import clock
 from medseg.errors import BatchError, ConfigError
 from medseg.files import write_json
@@ -77,30 +80,34 @@ class Tally:
         return Status(self._total, done, refused, failed, {}, self._fresh / hours if self._fresh else None, True)
 
 
-def announce(out: Path, studies: list[str], recipe: str) -> None:
-    """Write which studies this run is about to do, and by what (medseg.batch.job.recipe).
+@contextmanager
+def announced(out: Path, studies: list[str], recipe: str) -> Iterator[None]:
+    """Write which studies this run is about to do, and by what (medseg.batch.job.recipe), and at the end that it ended.
+
+    Until the last of the runs that are at work has ended, what was written counts for `status`.
 
     Raises
     ------
     BatchError : LOCKED: a run with another model or other options is at work. Each would do the other's studies again,
         and the masks of both would be left.
     """
-    with alone(out, "runs"):
-        if any(run["recipe"] not in ("", recipe) for run in _runs(out)):
-            raise BatchError(
-                f"{out}: a run with another model or other options is at work in this folder; wait for it, or choose "
-                "another --out",
-                code="LOCKED",
-            )
-        run = {"began": now(), "studies": studies, "recipe": recipe}
-        write_json(_file_of_this_run(out), run)
-
-
-def finish_run(out: Path) -> None:
-    """Note that this run came to its end; it counts for `status` as long as others are at work."""
-    file = _file_of_this_run(out)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(file, file.with_suffix(FINISHED))
+    file = out / RUNS / f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
+    with ExitStack() as stack:
+        with alone(out, "runs"):
+            # What killed runs left may still be here: whoever only looks at OUT, too, keeps others from sweeping.
+            found = [(each, _read(each)) for each in _files(out)]
+            others = [each for each, run in found if run is not None and run["recipe"] not in ("", recipe)]
+            if any(is_held(each) for each in others):
+                raise BatchError(
+                    f"{out}: a run with another model or other options is at work in this folder; wait for it, or "
+                    "choose another --out",
+                    code="LOCKED",
+                )
+            write_json(file, {"began": now(), "studies": studies, "recipe": recipe})
+            stack.enter_context(holding(file))
+        yield
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(file, file.with_suffix(FINISHED))
 
 
 def forget_runs(out: Path, *, unfinished: bool) -> None:
@@ -109,10 +116,6 @@ def forget_runs(out: Path, *, unfinished: bool) -> None:
     if unfinished or all(file.name.endswith(FINISHED) for file in files):
         for file in files:
             file.unlink(missing_ok=True)
-
-
-def _file_of_this_run(out: Path) -> Path:
-    return out / RUNS / f"{platform.node()}-{os.getpid()}.json"
 
 
 def status(out: Path) -> Status:
@@ -165,7 +168,11 @@ def _short(recipe: str) -> str:
 
 
 def _runs(out: Path) -> list[dict[str, Any]]:
-    return [run for run in map(_read, sorted((out / RUNS).glob("*.json"))) if run]
+    return [run for run in map(_read, _files(out)) if run]
+
+
+def _files(out: Path) -> list[Path]:
+    return sorted((out / RUNS).glob("*.json"))
 
 
 def _read(file: Path) -> dict[str, Any] | None:

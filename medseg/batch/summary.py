@@ -45,7 +45,8 @@ def summary_csv(spec: Spec, entries: Sequence[Entry]) -> str:
     """Return a table of studies: id, state, code, message, notes, model_digest and the volume of each label.
 
     The digest is that of the ledger: of the model (`model_hash` in predictions.json) and the options that change its
-    answer. Where the model estimates quality, also the Dice to expect of each label, whether a person should look, and why.
+    answer. Where the model estimates quality, also the Dice to expect of each label, whether a person should look, and
+    why.
     """
     unit = "ml" if spec.unit == "mm" else "pixels"
     judged = any(entry.review is not None for entry in entries)

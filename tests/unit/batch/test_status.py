@@ -9,7 +9,7 @@ import pytest
 
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.locks import present
-from medseg.batch.status import Tally, announce, describe, finish_run, forget_runs, status
+from medseg.batch.status import RUNS, Tally, announced, describe, forget_runs, status
 from medseg.batch.summary import PAGE, write_summary
 from medseg.errors import BatchError, ConfigError
 
@@ -22,9 +22,13 @@ def put(out: Path, study: str, state: str, code: str = "", recipe: str = "m", **
     ledger.write(Entry.model_validate({**content, "volumes_ml": {"organ": 2.5} if state == "done" else {}}))
 
 
+def begin_and_die(out: Path, studies: list[str], recipe: str) -> None:
+    with pytest.raises(KeyboardInterrupt), announced(out, studies, recipe):
+        raise KeyboardInterrupt
+
+
 def test_a_run_at_work(tmp_path: Path) -> None:
-    with present(tmp_path):
-        announce(tmp_path, list("abcdef"), "m")
+    with present(tmp_path), announced(tmp_path, list("abcdef"), "m"):
         put(tmp_path, "a", "done")
         put(tmp_path, "b", "refused", "TRUNCATED")
         put(tmp_path, "c", "failed", "POISON")
@@ -54,7 +58,7 @@ def test_a_run_that_is_over_or_was_killed(tmp_path: Path) -> None:
 
 def test_a_killed_run_tells_what_is_left(tmp_path: Path) -> None:
     put(tmp_path, "old", "done")
-    announce(tmp_path, ["a", "b", "c"], "m")
+    begin_and_die(tmp_path, ["a", "b", "c"], "m")
     put(tmp_path, "a", "done")
     found = status(tmp_path)
     assert (found.total, found.done, found.running, found.per_hour) == (4, 2, False, None)
@@ -62,23 +66,23 @@ def test_a_killed_run_tells_what_is_left(tmp_path: Path) -> None:
 
 
 def test_a_run_that_stopped_early_is_remembered_until_the_next(tmp_path: Path) -> None:
-    announce(tmp_path, ["a", "b"], "m")
+    begin_and_die(tmp_path, ["a", "b"], "m")
     forget_runs(tmp_path, unfinished=False)
     put(tmp_path, "a", "done")
     assert status(tmp_path).total == 2
-    finish_run(tmp_path)
+    forget_runs(tmp_path, unfinished=True)  # as the next run does when it begins
+    with announced(tmp_path, ["a", "b"], "m"):
+        pass
     assert status(tmp_path).total == 2
     forget_runs(tmp_path, unfinished=False)
     assert status(tmp_path).total == 1
-    announce(tmp_path, ["a", "b"], "m")
-    forget_runs(tmp_path, unfinished=True)
-    finish_run(tmp_path)
+    with announced(tmp_path, ["a", "b"], "m"):
+        forget_runs(tmp_path, unfinished=True)
     assert status(tmp_path).total == 1
 
 
 def test_masks_that_another_model_made_are_not_done(tmp_path: Path) -> None:
-    with present(tmp_path):
-        announce(tmp_path, ["a", "b"], "0123456789+mirror")
+    with present(tmp_path), announced(tmp_path, ["a", "b"], "0123456789+mirror"):
         put(tmp_path, "a", "done")
         found = status(tmp_path)
         assert (found.total, found.done) == (2, 0)
@@ -98,22 +102,31 @@ def test_who_may_only_read_is_told_too(tmp_path: Path, monkeypatch: pytest.Monke
             raise PermissionError(13, "Permission denied")
         return opened(path, flags, *rest)
 
-    with present(tmp_path):
-        announce(tmp_path, ["a"], "m")
-        with monkeypatch.context() as patch:
-            patch.setattr("medseg.batch.locks.os.open", reading)
-            assert status(tmp_path).running
+    with present(tmp_path), announced(tmp_path, ["a"], "m"), monkeypatch.context() as patch:
+        patch.setattr("medseg.batch.locks.os.open", reading)
+        assert status(tmp_path).running
     monkeypatch.setattr("medseg.batch.locks.os.open", reading)
     assert not status(tmp_path).running
 
 
 def test_runs_with_different_models_are_kept_apart(tmp_path: Path) -> None:
-    with present(tmp_path):
-        announce(tmp_path, ["a"], "m")
-        announce(tmp_path, ["b"], "m")
-        with pytest.raises(BatchError, match="another model or other options") as caught:
-            announce(tmp_path, ["a"], "m+mirror")
+    with present(tmp_path), announced(tmp_path, ["a"], "m"):
+        with announced(tmp_path, ["b"], "m"):
+            pass
+        other = announced(tmp_path, ["a"], "m+mirror")
+        with pytest.raises(BatchError, match="another model or other options") as caught, other:
+            pass
         assert caught.value.code == "LOCKED"
+
+
+def test_what_a_dead_run_left_locks_nobody_out(tmp_path: Path) -> None:
+    """Also where nobody could remove it: somebody looked at OUT, or began in it, just when this run began."""
+    with present(tmp_path):
+        begin_and_die(tmp_path, ["a"], "m+mirror")
+        for number in range(2):
+            (tmp_path / RUNS / f"elsewhere-{number}.json").write_text('{"began": "", "studies": [], "recipe": "old"}')
+        with announced(tmp_path, ["a"], "m"):
+            assert status(tmp_path).running
 
 
 def test_what_was_settled_before_tells_nothing_about_the_speed() -> None:
