@@ -154,3 +154,47 @@ def test_digests(tmp_path: Path) -> None:
     assert files.digest({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
     (tmp_path / "a").write_bytes(b"abc")
     assert files.file_digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def put_and_fail(file: Path) -> None:
+    file.write_text("new")
+    raise ExportError("half way")
+
+
+def test_staged_files_take_their_places_together_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "c").write_text("other")
+    with pytest.raises(ExportError), files.staged(tmp_path) as aside:
+        put_and_fail(aside / "a")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "old", "c": "other"}
+    with files.staged(tmp_path) as aside:
+        assert list(aside.iterdir()) == []
+        for name in "ab":
+            (aside / name).write_text("new")
+        assert (tmp_path / "a").read_text() == "old"
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new", "b": "new", "c": "other"}
+
+
+def test_a_folder_of_staged_files_that_was_left_is_swept(tmp_path: Path) -> None:
+    left = tmp_path / f"{files.PARTIAL_PREFIX}01234567"
+    left.mkdir()
+    (left / "a").touch()
+    (left / f"{files.PARTIAL_PREFIX}76543210-b").touch()
+    (tmp_path / f"{files.PARTIAL_PREFIX}link").symlink_to(tmp_path / "kept", target_is_directory=True)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "c").touch()
+    files.sweep(tmp_path, deep=False)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["c", "kept"]
+
+
+def test_no_room_for_staged_files_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place in ("pathlib.Path.mkdir", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(ExportError, match="No space") as caught, files.staged(tmp_path) as aside:
+                (aside / "a").touch()
+        assert caught.value.code == "DISK_FULL"
+        assert not list(tmp_path.rglob(f"{files.PARTIAL_PREFIX}*"))
