@@ -19,7 +19,7 @@ from medseg.readers.dicom_geometry import series_stack
 from medseg.readers.dicom_header import Header, quiet
 from medseg.readers.dicom_index import SeriesFiles
 from medseg.readers.dicom_pixels import Pixels, read_slices
-from medseg.readers.dicom_refusals import refuse
+from medseg.readers.dicom_refusals import Refusal, refuse
 from medseg.readers.dicom_regular import to_upright, upright_grid
 from medseg.readers.dicom_scan import Found, scan
 from medseg.readers.dicom_suv import suv_factors
@@ -116,7 +116,8 @@ def _check_size(shape: tuple[int, int, int], max_bytes: int) -> None:
 def _only(found: Found) -> SeriesFiles:
     """Return the one series that was found, localizers aside, or refuse."""
     if found.lost:
-        raise refuse("UNREADABLE", f"{found.describe()}: slices may be missing")
+        text, passing = f"{found.describe()}: slices may be missing", all(part.unread for part in found.lost)
+        raise Refusal("UNREADABLE", text, passing).error()
     series = [entry for entry in found.series if entry.refusal is None or entry.refusal.code != "LOCALIZER"]
     if len(series) == 1 or (not series and len(found.series) == 1):
         return (series or list(found.series))[0]

@@ -311,6 +311,19 @@ def test_an_input_that_does_not_answer_ends_the_run_in_words(
     assert results(out) == before
 
 
+def test_studies_of_a_drive_that_shows_nothing_stay(loaded: Model, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict([source], model=loaded, out=out)
+    before = results(out)
+    source.rename(tmp_path / "away")
+    source.mkdir()
+    with pytest.raises(BatchError, match="no image was found"):
+        predict([source], model=loaded, out=out)
+    shutil.copyfile(tmp_path / "away" / "a.nii.gz", source / "a.nii.gz")
+    assert codes(predict([source], model=loaded, out=out)) == {"a": "done"}
+    assert results(out) == before
+
+
 def unlisted(monkeypatch: pytest.MonkeyPatch, folder: str, number: int) -> None:
     real = os.scandir
 

@@ -132,7 +132,7 @@ def test_a_folder_that_may_not_be_listed_is_lost_and_not_forgotten(
     found = scan(tmp_path)
     assert (codes(found), [(part.place.name, part.files) for part in found.lost]) == ([""], [("b", ())])
     assert "1 folders that may not be listed" in found.describe()
-    with pytest.raises(ReadError, match="slices may be missing"):
+    with pytest.raises(ReadError, match="slices may be missing; give the user who runs this the right to read"):
         read_series(tmp_path)
 
 
