@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: studies on jobs of its queue, shards in an array."""
+"""A real Slurm on this machine: studies on jobs of its queue, shards in an array, a training that is interrupted."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from safetensors import safe_open
 
 from medseg import api
 from medseg.batch.engines import Workers
 from medseg.batch.locks import study_lock
 
 Builder = Callable[..., Path]
-SECONDS = 240
+SECONDS = 600
 STUDIES = 8
 CONFIGURATION = """
 ClusterName=medseg
@@ -258,3 +259,69 @@ def test_shards_in_an_array(slurm: Slurm, place: Path, repository: Path) -> None
     assert tree(place / "shards") == tree(place / "local"), said
     assert attempts(place / "shards") == [1] * STUDIES
     assert len(said) == 2
+
+
+STATE = "5_folds/0/checkpoint/state.safetensors"
+STEPS = 300
+
+
+def test_a_training_that_is_interrupted(
+    slurm: Slurm,
+    repository: Path,
+    free_port: Callable[[], int],
+    tiny_dataset: Builder,
+    tiny_plan: Builder,
+) -> None:
+    """Slurm's signal before the time limit, then a job that takes the machine: the training goes on each time."""
+    folder = slurm.folder
+    run = folder / "trained"
+    tiny_dataset(folder / "few", cases=4, test=0)
+    tiny_plan(folder / "few", folder / "few.yaml", steps=STEPS, settings=("validations=15",))
+    changes = {
+        "--nodes=2": "--nodes=1",
+        "--gpus-per-node=4 ": "",
+        "--cpus-per-task=32": "--cpus-per-task=2",
+        "torchrun": f"{sys.executable} -m torch.distributed.run",
+        "--nproc-per-node=4": "--nproc-per-node=2",
+        ":29500": f":{free_port()}",
+        "/data/spec.yaml": "few",
+        "--steps 20000": f"--steps {STEPS} --plan few.yaml --no-track",
+        "/scratch/run": str(run),
+    }
+    script = documented(repository, "many-devices.md", r"```sh\n(#!/bin/bash.*?)```", changes)
+    (folder / "train.sh").write_text(script)
+    job = slurm.call("sbatch", "--parsable", folder / "train.sh").strip()
+    until((run / STATE).exists)
+    slurm.call("scancel", "--signal=USR1", job)  # as Slurm does at --signal=USR1@120
+    until(lambda: slurm.state(job) == "PENDING")
+    first = step(run)
+    until(lambda: step(run) > first)
+    urgent = slurm.call("sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "--wrap=true").strip()
+    until(lambda: slurm.state(urgent) == "COMPLETED")
+    second = step(run)
+    until(lambda: slurm.state(job) not in ("PENDING", "RUNNING", "COMPLETING"))
+    said = (folder / f"slurm-{job}.out").read_text()
+    assert slurm.state(job) == "COMPLETED", said
+    assert (run / "done.json").exists(), said
+    assert 0 < first < second < STEPS, said
+    assert said.count("the checkpoint is written, the same command goes on") >= 2, said
+
+
+def test_a_training_that_fails_is_not_started_again(slurm: Slurm, repository: Path) -> None:
+    script = documented(
+        repository,
+        "many-devices.md",
+        r"```sh\n(#!/bin/bash.*?)```",
+        {"--nodes=2": "--nodes=1", "--gpus-per-node=4 --cpus-per-task=32": "", "torchrun": "false", "/scratch": "."},
+    )
+    (slurm.folder / "fails.sh").write_text(script)
+    job = slurm.call("sbatch", "--parsable", slurm.folder / "fails.sh").strip()
+    until(lambda: slurm.state(job) not in ("PENDING", "RUNNING", "COMPLETING"))
+    assert slurm.state(job) == "FAILED"
+    assert "Restarts=0" in slurm.call("scontrol", "show", "job", job)
+
+
+def step(run: Path) -> int:
+    """Return the step of a checkpoint."""
+    with safe_open(run / STATE, framework="pt") as state:
+        return int(json.loads(state.metadata()["state"])["step"])
