@@ -203,8 +203,10 @@ class Bundle:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
-    names = ("medseg", "torch", "monai", "numpy", "nibabel", "pydicom")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    import torch  # its metadata say 2.11.0 where it says 2.11.0+cu130, which names the build
+
+    found = {name: version(name) for name in ("medseg", "torch", "monai", "numpy", "nibabel", "pydicom")}
+    return {"python": platform.python_version(), **found, "torch": str(torch.__version__)}
 
 
 def save_bundle(folder: Path, info: BundleInfo, weights: dict[str, dict[str, Tensor]]) -> Bundle:
