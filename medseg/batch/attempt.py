@@ -186,14 +186,16 @@ def commit(ledger: Ledger, entry: Entry, facts: dict[str, object], *, forgive: b
     the journal. With `forgive` the deaths of its workers no longer count against it.
     """
     kept = ledger.outlasting(entry)
+    intact = ledger.intact(kept) if kept is not None else ()
     if entry.state != "done":
         # A mask of an earlier input or model must not pass for the result of this one.
         for suffix in (*(exporter.suffix for _, exporter in EXPORTERS.items()), IMAGE_SUFFIX):
-            if kept is None or f"{entry.id}{suffix}" not in kept.outputs:
+            if f"{entry.id}{suffix}" not in intact:
                 (ledger.out / f"{entry.id}{suffix}").unlink(missing_ok=True)
     cost = {"cost": entry.code} if kept is not None and entry.code in COSTLY else {}
     ledger.end(entry.id, {**facts, **cost}, forgive=forgive)
-    ledger.write(kept or entry)
+    if kept is None:
+        ledger.write(entry)
 
 
 def _reset_peak() -> None:

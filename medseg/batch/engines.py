@@ -217,18 +217,29 @@ def _pass_on(ended: Future[Outcome], future: Future[Outcome]) -> None:
 @contextmanager
 def _connected(workers: Workers) -> Iterator[Any]:
     """Give a client of the scheduler, or of a cluster that is started for the time of the block."""
+    start = _of_scheduler(workers.scheduler) if workers.cluster is None else _of_cluster(workers.cluster)
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(start)
+        except (OSError, RuntimeError) as error:
+            if workers.cluster is None:
+                raise
+            text = f"a cluster of kind {workers.cluster.kind} cannot be started: {error or type(error).__name__}"
+            raise BatchError(f"{text}; change options in the file of --cluster", code="NO_SCHEDULER") from error
+        _require_same(client)
+        yield client
+
+
+@contextmanager
+def _of_scheduler(address: str) -> Iterator[Any]:
     distributed = _module("distributed")
     with contextlib.ExitStack() as stack:
         try:
-            if workers.cluster is not None:
-                client = stack.enter_context(_of_cluster(workers.cluster))
-            else:
-                client = stack.enter_context(distributed.Client(workers.scheduler, timeout=CONNECT_SECONDS))
-                client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+            client = stack.enter_context(distributed.Client(address, timeout=CONNECT_SECONDS))
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except (OSError, TimeoutError) as error:
-            text = f"{workers.scheduler}: no Dask scheduler with a worker answers within {CONNECT_SECONDS:.0f} s"
+            text = f"{address}: no Dask scheduler with a worker answers within {CONNECT_SECONDS:.0f} s"
             raise BatchError(f"{text}; start `dask scheduler` and `dask worker`", code="NO_SCHEDULER") from error
-        _require_same(client)
         yield client
 
 

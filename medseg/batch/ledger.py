@@ -98,29 +98,25 @@ class Ledger:
             return None
         if entry.state == "done" and not set(outputs) <= set(entry.outputs):
             return None
-        return entry if self._intact(entry) == entry.outputs else None
+        return entry if self.intact(entry) == set(entry.outputs) else None
 
     def outlasting(self, failed: Entry) -> Entry | None:
-        """Return the entry that outlasts a failed attempt: of the same input and model, with the files that are intact.
+        """Return the entry that outlasts a failed attempt: of the same input and model, with a file that is intact.
 
-        The attempt then was to add a format, or to replace a lost file, which is no reason to lose what is there. Nor
-        is one that ended before it had read the input, whose digest is then not known.
+        The attempt then was to add a format, or to replace a lost file, which is no reason to lose what is there, nor
+        to forget what was lost: that is done again by the next run. Nor is one that ended before it had read the input,
+        whose digest is then not known.
         """
         entry = self.read(failed.id)
         if entry is None or (failed.state, entry.state) != ("failed", "done"):
             return None
         same = failed.input_digest in ("", entry.input_digest) and failed.model_digest == entry.model_digest
-        outputs = self._intact(entry) if same else {}
-        return entry.model_copy(update={"outputs": outputs}) if outputs else None
+        return entry if same and self.intact(entry) else None
 
-    def _intact(self, entry: Entry) -> dict[str, str]:
-        """Return the outputs that are what the entry says."""
+    def intact(self, entry: Entry) -> set[str]:
+        """Return the names of the outputs that are what the entry says."""
         files = {name: self.out / name for name in entry.outputs}
-        return {
-            name: expected
-            for name, expected in entry.outputs.items()
-            if files[name].is_file() and file_digest(files[name]) == expected
-        }
+        return {name for name, file in files.items() if file.is_file() and file_digest(file) == entry.outputs[name]}
 
     def attempt(self, study: str) -> int:
         """Count an attempt before it begins, and return which it is (from 1)."""

@@ -91,7 +91,7 @@ class Queue:
         while not self.over.wait(LOOK_SECONDS):
             if len(self.cluster.scheduler_info["workers"]) < jobs:
                 for name, job in self._gone():
-                    self._ended.append(str(job.job_id))
+                    self._ended += [str(job.job_id)] if job.job_id else []  # one that was refused never began
                     self.cluster.loop.add_callback(self._drop, name, job)
                 self.cluster.scale(jobs=jobs)
 

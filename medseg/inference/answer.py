@@ -6,6 +6,7 @@ wanted. Nothing here holds classes × volume in memory.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -153,7 +154,7 @@ def kept(answer: Answer, folder: Path) -> Answer:
         folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed when nothing refers to it any more)
         stored = _Stored(file, answer.where, answer.device)
-        weakref.finalize(stored, file.close)
+        weakref.finalize(stored, _close, file)
         for plane in answer.planes(answer.where, None, False):
             file.write(plane.float().contiguous().cpu().numpy().data)
         file.flush()
@@ -164,6 +165,12 @@ def kept(answer: Answer, folder: Path) -> Answer:
             code="DISK_FULL" if is_full(error) else "NOT_WRITABLE",
         ) from error
     return replace(answer, planes=stored)
+
+
+def _close(file: IO[bytes]) -> None:
+    """Give a file back; what a full disk hinders once more was told before, and nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        file.close()
 
 
 class _Stored:

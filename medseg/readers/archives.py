@@ -144,7 +144,7 @@ def _is_archive(path: Path) -> bool:
 
 def _unpack(archive: Path, place: Path, budget: _Budget, result: Archives) -> None:
     """Unpack one archive; its folders and files are numbered in the order in which they come."""
-    place.mkdir()
+    _make(place)
     origins: dict[Path, Path] = {place: archive}
     folders: dict[PurePosixPath, Path] = {}
     nested = []
@@ -158,7 +158,7 @@ def _unpack(archive: Path, place: Path, budget: _Budget, result: Archives) -> No
                 if name.name.lower().endswith(SUFFIXES):
                     nested.append(archive / name)
                 folder = folders.setdefault(name.parent, place / f"{len(folders) + 1:05}")
-                folder.mkdir(exist_ok=True)
+                _make(folder)
                 file = folder / f"{number:07}{_ending(name.name)}"
                 origins |= {folder: archive / name.parent, file: archive / name}
             _write(member.chunks(), file)
@@ -189,7 +189,18 @@ def _write(chunks: Iterator[bytes], file: Path | None) -> None:
     except OSError as error:
         if error.errno is None:  # the archive's fault, not the disk's
             raise
-        raise refuse_archive("ARCHIVE_TOO_LARGE", f"it cannot be unpacked here ({error.strerror})") from error
+        raise _no_room(error) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _no_room(error) from error
+
+
+def _no_room(error: OSError) -> ReadError:
+    return refuse_archive("ARCHIVE_TOO_LARGE", f"it cannot be unpacked here ({error.strerror})")
 
 
 class _Budget:

@@ -16,7 +16,7 @@ from medseg.batch import study as batch
 from medseg.batch.attempt import commit
 from medseg.batch.ledger import Entry, Ledger
 from medseg.batch.run import BatchResult, predict
-from medseg.batch.study_input import StudyInput
+from medseg.batch.study_input import UNREAD, StudyInput
 from medseg.errors import BatchError, ExportError
 from medseg.exporters import EXPORTERS
 from medseg.files import file_digest
@@ -101,11 +101,31 @@ def test_what_is_intact_of_a_study_outlasts_a_failed_attempt(tmp_path: Path) -> 
     failed = Entry(id="a", state="failed", code="READ_BACK", input_digest="i", model_digest="m")
     commit(ledger, failed, {})
     assert [p.name for p in tmp_path.glob("a.*")] == ["a.nii.gz"]
-    assert ledger.read("a") == done.model_copy(update={"outputs": {"a.nii.gz": outputs["a.nii.gz"]}})
+    assert ledger.read("a") == done, "what was lost is not forgotten"
+    assert ledger.settled("a", input_digest="i", model_digest="m") is None, "it is done again"
     (tmp_path / "a.nii.gz").write_bytes(b"damaged")
     commit(ledger, failed, {})
     assert ledger.read("a") == failed
     assert not list(tmp_path.glob("a.*"))
+
+
+def test_a_lost_file_is_made_again_though_making_it_failed_and_it_is_not_asked_for(
+    loaded: Model, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    predict([source / "s"], model=loaded, out=out, formats=["nifti,seg"])
+    before = results(out)
+    for hinder, code in ((lambda patch: failing(patch, "seg"), "READ_BACK"), (unread, "INPUT_AWAY")):
+        next(out.glob("*.seg.dcm")).unlink()
+        with monkeypatch.context() as patch:
+            hinder(patch)
+            assert codes(predict([source / "s"], model=loaded, out=out)) == {"s": code}
+        assert codes(predict([source / "s"], model=loaded, out=out)) == {"s": "done"}
+        assert results(out).keys() == before.keys()
+
+
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StudyInput, "digest", lambda _: UNREAD)
 
 
 def test_half_written_results_are_no_input_and_are_swept(loaded: Model, source: Path, tmp_path: Path) -> None:

@@ -148,19 +148,26 @@ def test_the_file_has_no_name_and_goes_with_the_answer(tmp_path: Path, random_mo
 def test_a_full_disk_is_told(tmp_path: Path, random_model: Models, picture: Pictures) -> None:
     answer = answer_of(random_model(), picture((12, 12, 12)))
 
+    unheard: list[Any] = []
+
     class Full:
         def __init__(self, **options: Any) -> None: ...
 
         def write(self, content: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def close(self) -> None: ...
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")  # what is left in its buffer
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module.tempfile, "TemporaryFile", Full)
+        patched.setattr("sys.unraisablehook", unheard.append)
         with pytest.raises(ExportError, match="No space left") as caught:
             kept(answer, tmp_path)
-    assert caught.value.code == "DISK_FULL"
+        assert caught.value.code == "DISK_FULL"
+        del caught
+        gc.collect()
+    assert unheard == [], "no traceback on the terminal"
     (tmp_path / "file").write_text("")
     with pytest.raises(ExportError) as caught:
         kept(answer, tmp_path / "file" / "folder")

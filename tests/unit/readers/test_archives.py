@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
@@ -14,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,6 +339,24 @@ def test_a_scratch_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         unpacked([make_zip(tmp_path / "x.zip", CONTENT)], scratch=tmp_path / "file"),
     ):
         pass
+
+
+def test_a_disk_without_room_for_folders_costs_the_archive_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, real = make_zip(tmp_path / "x.zip", CONTENT), Path.mkdir
+
+    def full(folder: Path, *args: Any, **options: Any) -> None:
+        if folder.name == "00001":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with unpacked([archive], scratch=tmp_path / "scratch") as found:
+        assert found.paths == []
+        (refused,) = found.refused
+    assert refused.error.code == "ARCHIVE_TOO_LARGE"
+    assert "No space left" in str(refused.error)
 
 
 def test_every_code_is_documented() -> None:
