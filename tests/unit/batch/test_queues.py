@@ -106,7 +106,9 @@ def test_one_job_waits_while_another_is_refused(
 
 
 def test_a_folder_for_certificates_that_is_not_there(programs: Path, tmp_path: Path) -> None:
-    with pytest.raises(BatchError, match=r"^a cluster of kind slurm cannot be started: .*shared_temp_directory") as caught:
+    with pytest.raises(
+        BatchError, match=r"^a cluster of kind slurm cannot be started: .*shared_temp_directory"
+    ) as caught:
         start(memory="1GB", shared_temp_directory=str(tmp_path / "nowhere"))
     assert caught.value.code == "NO_SCHEDULER"
 
