@@ -99,6 +99,7 @@ def select_model(
     ------
     ConfigError : too few or too many runs; `out` holds a model already.
     SpecError, TrainingError, BundleError : the dataset or a run cannot be used; RUNS_DIFFER.
+    ExportError : `out` cannot be written; DISK_FULL.
     """
     if not 2 <= len(runs) <= MOST:
         raise ConfigError(f"{len(runs)} run(s) to choose from: give 2 to {MOST}")
@@ -203,6 +204,7 @@ class _Work:
             write_nifti(place / f"{case.id}.nii.gz", mask)
             trial.add(mask, study.mask, annotated(self.spec, case))
             sample.add(partial(mean_at, answers), mask.array, study.mask, known_channels(self.spec, case))
+            del answers  # and their files with them, before those of the next case are written
         steps, evidence = trial.choose()
         members = []
         for number, run in enumerate(runs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,24 @@ def test_tables_are_there_before_the_model(place: Path, tmp_path: Path, monkeypa
         select_model(place / "data", [place / "deep", place / "flat"], out=tmp_path / "out")
     assert (tmp_path / "out" / "7_report" / "selection.json").exists()
     assert (tmp_path / "out" / "7_report" / "selection.csv").exists()
+
+
+def test_files_hold_the_logits_of_one_case_at_a_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, most, real = weakref.WeakSet[Any](), [0], module.kept
+
+    def kept(*args: Any) -> Any:
+        found = real(*args)
+        alive.add(found.planes)
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(module, "kept", kept)
+    monkeypatch.setattr(module, "choose", always(2))
+    select_model(place / "data", [place / "deep", place / "flat"], out=tmp_path / "out")
+    assert len(most) > 2 * 8, "for the candidates, and again for the ensemble"
+    assert max(most) == 2
 
 
 def test_a_damaged_model_is_refused_before_anything_is_predicted(place: Path, tmp_path: Path) -> None:
