@@ -26,6 +26,8 @@ from medseg.quality.witness import Witness
 
 Predictor = Callable[[Tensor], Tensor]
 Range = tuple[int, int]
+LARGE = 16 << 20
+"""Bytes of a window's logits from which on memory is given back between rows of windows: it takes a moment."""
 log = logging.getLogger("medseg.inference")
 _halvings: ContextVar[list[int]] = ContextVar("halvings")
 
@@ -223,12 +225,13 @@ def planes(
             for (total, seen), part, share in zip(slab, logits.unbind(1), weight, strict=False):
                 total[(slice(None), *place)] += part[(slice(None), *inside)] * share[inside]
                 seen[place] += share[inside]
+            large = logits.device.type == "cpu" and logits.nbytes >= LARGE
             del logits, part  # not kept while the next window is predicted
         for plane in range(start, following):
             total, seen = slab.popleft()
             if plane in wanted:
                 yield total.div_(seen)
-        if following < where.padded[axis]:
+        if large and following < where.padded[axis]:
             trim()  # what painting took would lie beside the network's layers
 
 
@@ -249,7 +252,12 @@ def _window(
         weights = weights.expand(-1, -1, logits.shape[3])
     else:
         logits = predict(part[None])[0]
-    return logits.movedim(where.axis + 1, 1), weights.movedim(where.axis, 0)
+    return _in_rows(logits.movedim(where.axis + 1, 1)), _in_rows(weights.movedim(where.axis, 0))
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """Return what it is, such that a plane of it is not gathered from everywhere in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _inserted(corner: Sequence[int], axis: int, start: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch import nn
 from medseg.batch.memory import memory_text
 from medseg.device import resident
 from medseg.errors import BatchError
+from medseg.inference import answer
 from medseg.inference import predict as module
 from medseg.inference.memory import Case, _Live, forecast, tiles_of
 from medseg.inference.predict import Model, predict_volume
@@ -67,7 +68,7 @@ def test_tiles_give_the_very_mask(
     need = forecast(module.case_of(model, image), held=0)
     tiles = []
     plain = tiles_of
-    monkeypatch.setattr(module, "tiles_of", lambda lines, count: tiles.append(count) or plain(lines, count))
+    monkeypatch.setattr(answer, "tiles_of", lambda lines, count: tiles.append(count) or plain(lines, count))
     limits = [need.total, need.total - need.slab // 3, need.total - need.slab // 2]
     for limit in limits:
         assert np.array_equal(predict_volume(model, image, max_memory=limit).array, whole)
